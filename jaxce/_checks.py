@@ -1,0 +1,303 @@
+"""Every assertion on shapes, dtypes and options; the only file that imports chex.
+
+Checks run where a function is traced, so they cost nothing from call to call, and raise the same in eager code and
+under `jax.jit`. chex makes the assertions and our own words explain them; what chex would let through after
+`chex.disable_asserts()` is refused all the same, so that nothing broadcasts silently.
+"""
+
+import difflib
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+REDUCTIONS = ("none", "mean", "sum")
+DEFAULT_IGNORE_INDEX = -100
+
+Shape = tuple[int, ...]
+
+
+def as_array(name: str, value: ArrayLike) -> Array:
+    """`value` as something that `jax.jit` takes; JAX and NumPy arrays as they are."""
+    if isinstance(value, jax.Array):
+        return value
+    if not isinstance(value, str | bytes | dict | set | type(None)):
+        try:
+            array = value if isinstance(value, np.ndarray | np.generic) else jnp.asarray(value)
+            if array.dtype != object:
+                return array  # type: ignore[return-value]
+        except (TypeError, ValueError):
+            pass
+    raise TypeError(
+        f"{name} must be an array, or what jnp.asarray makes into one; got {type(value).__name__}: {_brief(value)}"
+    )
+
+
+def as_optional_array(name: str, value: ArrayLike | None) -> Array | None:
+    return None if value is None else as_array(name, value)
+
+
+def as_scalar(
+    name: str,
+    value: ArrayLike | None,
+    *,
+    off: float | None,
+    valid: Callable[[float], bool],
+    rule: str,
+) -> ArrayLike | None:
+    """A float option, None where it is off. The range of an array isn't known when it is traced."""
+    if value is None and off is None:
+        return None
+    if isinstance(value, numbers.Real):
+        if isinstance(value, bool) or not valid(float(value)):
+            raise ValueError(f"{name} must be {rule}; got {value!r}")
+        return None if value == off else float(value)
+    array = as_array(name, value)  # type: ignore[arg-type]
+    if array.shape != () or not (_is_float(array) or _is_int(array)):
+        raise ValueError(f"{name} must be a real number or a scalar array; got {_describe(array)}")
+    return array
+
+
+def label_smoothing(value: ArrayLike) -> ArrayLike | None:
+    return as_scalar("label_smoothing", value, off=0, valid=lambda v: 0 <= v <= 1, rule="a number from 0 to 1")
+
+
+def z_loss(value: ArrayLike) -> ArrayLike | None:
+    return as_scalar("z_loss", value, off=0, valid=lambda v: v >= 0, rule="a number that isn't negative")
+
+
+def logit_softcap(value: ArrayLike | None) -> ArrayLike | None:
+    return as_scalar("logit_softcap", value, off=None, valid=lambda v: v > 0, rule="a positive number, or None")
+
+
+def integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a Python integer; got {type(value).__name__}: {_brief(value)}") from None
+
+
+def reduction(value: str) -> str:
+    if not (isinstance(value, str) and value in REDUCTIONS):
+        close = difflib.get_close_matches(str(value).lower(), REDUCTIONS, n=1)
+        hint = f": did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"reduction must be one of 'none', 'mean' and 'sum'; got {value!r}{hint}")
+    return value
+
+
+def flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__}: {_brief(value)}")
+    return bool(value)
+
+
+def class_axis(name: str, array: Array, axis: int) -> int:
+    """The class axis of `array`, counted from the front."""
+    _assert_float(name, array)
+    if array.ndim == 0:
+        raise ValueError(f"{name} must have a class axis; got a scalar: one example has shape (C,), one entry a class")
+    if not -array.ndim <= axis < array.ndim:
+        raise ValueError(
+            f"axis must be from {-array.ndim} to {array.ndim - 1} for {name} of shape {array.shape}; got {axis}"
+        )
+    axis %= array.ndim
+    if array.shape[axis] == 0:
+        raise ValueError(f"{name} must have at least one class; got shape {array.shape} with axis={axis}")
+    return axis
+
+
+class Examples(NamedTuple):
+    """What labels, `ignore_index` and `where` say of each example."""
+
+    targets: Array  # int32 indices of the batch shape, -1 for a bad label; or probabilities, classes last
+    live: Array | None  # bool, of the batch shape: False is left out; None if all are in
+
+
+def examples(
+    name: str, shape: Shape, axis: int, labels: Array, ignore_index: int, where: Array | None
+) -> Examples:
+    """Checks the labels of scores `name` of that shape, and reads off them which examples count."""
+    batch = shape[:axis] + shape[axis + 1 :]
+    live = None if where is None else _live(name, shape, batch, where)
+    if labels.dtype == bool:
+        raise TypeError(
+            f"labels must be class indices (integers) or class probabilities (floats); got {_describe(labels)}: "
+            "for two classes, labels.astype(int) gives the indices"
+        )
+    if _is_float(labels):
+        _check_probabilities(name, shape, batch, labels, ignore_index)
+        return Examples(jnp.moveaxis(labels, axis, -1), live)
+    if not _is_int(labels):
+        raise TypeError(
+            f"labels must be class indices (integers) or class probabilities (floats); got {_describe(labels)}"
+        )
+    _assert_shape(labels, batch, lambda: _label_shape_message(name, shape, axis, batch, labels))
+    return _index_examples(labels, shape[axis], ignore_index, live)
+
+
+def _index_examples(labels: Array, num_classes: int, ignore_index: int, live: Array | None) -> Examples:
+    labels = jnp.asarray(labels)
+    limits = jnp.iinfo(labels.dtype)
+    if limits.min <= ignore_index <= limits.max:
+        kept = labels != jnp.asarray(ignore_index, labels.dtype)
+        live = kept if live is None else kept & live
+    # In the labels' own dtype: an int64 that wraps around to a valid int32 is still a bad label, and so that an
+    # int8 can be compared with 1,000 classes.
+    valid = labels >= 0
+    if num_classes <= limits.max:
+        valid &= labels < jnp.asarray(num_classes, labels.dtype)
+    _check_labels_in_range(labels, valid if live is None else valid | ~live, num_classes)
+    return Examples(jnp.where(valid, labels.astype(jnp.int32), -1), live)
+
+
+def _check_labels_in_range(labels: Array, fine: Array, num_classes: int) -> None:
+    """Names the first bad label where `jax.experimental.checkify` looks; nothing is compiled where it doesn't."""
+    if labels.size == 0:
+        return
+    first = jnp.argmin(fine.ravel())
+    checkify.debug_check(
+        fine.all(),
+        f"labels must be from 0 to {num_classes - 1}, or ignore_index; got {{label}} with {num_classes} classes",
+        label=labels.ravel()[first],
+    )
+
+
+def _live(name: str, shape: Shape, batch: Shape, where: Array) -> Array:
+    if where.dtype != bool:
+        raise TypeError(f"where must be bool; got {_describe(where)}: where != 0 makes it one")
+    if _broadcasts(where.shape, batch):
+        return jnp.broadcast_to(where, batch)
+    message = (
+        f"where must be broadcastable to shape {batch}, that of {name} {shape} without the class axis; "
+        f"got {where.shape}"
+    )
+    if where.shape == shape:
+        message += f": it says which examples count; to rule out classes, use jnp.where(mask, {name}, -jnp.inf)"
+    raise ValueError(message)
+
+
+def _check_probabilities(name: str, shape: Shape, batch: Shape, labels: Array, ignore_index: int) -> None:
+    def message() -> str:
+        text = (
+            f"labels of a float dtype are class probabilities and must have the shape of {name}, {shape}; "
+            f"got {_describe(labels)}"
+        )
+        return text + (": labels.astype(int) makes class indices of them" if labels.shape == batch else "")
+
+    _assert_shape(labels, shape, message)
+    if ignore_index != DEFAULT_IGNORE_INDEX:
+        raise ValueError(
+            f"ignore_index applies to class indices, not to class probabilities; got ignore_index={ignore_index} with "
+            f"{_describe(labels)} labels: where=(…) leaves examples out"
+        )
+
+
+def _label_shape_message(name: str, shape: Shape, axis: int, batch: Shape, labels: Array) -> str:
+    got = labels.shape
+    if batch == ():
+        message = f"labels must be a scalar, the class of the one example in {name} of shape {shape}; got {got}"
+    else:
+        message = f"labels must have shape {batch}, that of {name} {shape} without the class axis; got {got}"
+    others = [a for a in range(len(shape)) if a != axis and shape[:a] + shape[a + 1 :] == got]
+    if got == shape or batch == ():
+        hint = "labels.argmax() is the index of a one-hot vector, labels.astype(float) are probabilities"
+        hint = hint.replace("()", f"({axis})") if batch else hint
+        return f"{message}: {hint}"
+    if len(got) == len(batch) + 1 and got == (*batch, 1):
+        return f"{message}: drop the last axis with labels[..., 0]"
+    if others:
+        return f"{message}: if the classes are on axis {others[0]}, as PyTorch has them, pass axis={others[0]}"
+    if labels.size == 1:
+        return f"{message}: jnp.full({batch}, label) is one label for every row"
+    return message
+
+
+def weight(value: Array | None, num_classes: int) -> None:
+    if value is None:
+        return
+    _assert_real("weight", value)
+    _assert_shape(
+        value,
+        (num_classes,),
+        lambda: f"weight must have shape ({num_classes},), one weight a class; got {value.shape}: "
+        "sample_weight is one weight an example",
+    )
+
+
+def sample_weight(value: Array | None, batch: Shape) -> None:
+    if value is None:
+        return
+    _assert_real("sample_weight", value)
+    _assert_shape(
+        value,
+        batch,
+        lambda: f"sample_weight must have shape {batch}, one weight an example; got {value.shape}",
+    )
+
+
+def class_mask(where: Array | None, shape: Shape) -> Array | None:
+    """`where` of `log_softmax`, which is about classes, in the shape of the logits."""
+    if where is None:
+        return None
+    if where.dtype != bool:
+        raise TypeError(f"where must be bool; got {_describe(where)}: where != 0 makes it one")
+    if not _broadcasts(where.shape, shape):
+        raise ValueError(f"where must be broadcastable to the shape of logits, {shape}; got {where.shape}")
+    return jnp.broadcast_to(where, shape)
+
+
+def _broadcasts(shape: Shape, to: Shape) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
+def _assert_shape(array: Array, shape: Shape, message: Callable[[], str]) -> None:
+    try:
+        chex.assert_shape(array, shape)
+    except AssertionError:
+        raise ValueError(message()) from None
+    if array.shape != shape:
+        raise ValueError(message())
+
+
+def _assert_float(name: str, array: Array) -> None:
+    text = f"{name} must be of a float dtype; got {_describe(array)}"
+    if _is_int(array) or array.dtype == bool:
+        text += f": {name}.astype(jnp.float32) makes them one"
+    try:
+        chex.assert_type(array, float)
+    except AssertionError:
+        raise TypeError(text) from None
+    if not _is_float(array):
+        raise TypeError(text)
+
+
+def _assert_real(name: str, array: Array) -> None:
+    if not (_is_float(array) or _is_int(array)):
+        raise TypeError(f"{name} must be real numbers; got {_describe(array)}")
+
+
+def _is_float(array: Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def _is_int(array: Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.integer))
+
+
+def _describe(array: Array) -> str:
+    return f"{array.dtype} of shape {array.shape}"
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

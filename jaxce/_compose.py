@@ -1,0 +1,66 @@
+"""From the numbers of each example to a loss: weights, smoothing, z-loss and reductions, in plain JAX.
+
+Every loss of the package is composed here, on arrays of the batch's shape or of a chunk of it.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxce._softmax_stats import Stats, Target, is_index
+
+
+class Options(NamedTuple):
+    """The options that compose a loss from its numbers; None where an option is off."""
+
+    weight: Array | None = None
+    label_smoothing: Array | None = None
+    z_loss: Array | None = None
+
+
+class ExampleWeights(NamedTuple):
+    """Per example, 0 where it is left out."""
+
+    sample: Array  # sample_weight
+    total: Array  # what the mean divides by: sample_weight, times the weight of the label's class
+
+
+def example_weights(
+    targets: Target, live: Array | None, sample_weight: Array | None, weight: Array | None, batch: Array
+) -> ExampleWeights:
+    """The weights of the examples; `batch` has their shape and the dtype of the loss."""
+    sample = jnp.ones_like(batch) if sample_weight is None else sample_weight.astype(batch.dtype)
+    if live is not None:
+        sample = jnp.where(live, sample, 0)
+    if weight is None or not is_index(targets):
+        return ExampleWeights(sample, sample)
+    # A bad label is a negative index here. It counts as one example, whose loss is NaN.
+    counted = targets >= 0 if live is None else live & (targets >= 0)
+    of_class = jnp.where(counted, weight.astype(batch.dtype)[jnp.maximum(targets, 0)], 1)
+    return ExampleWeights(sample, sample * of_class)
+
+
+def example_losses(stats: Stats, weights: ExampleWeights, num_classes: int, options: Options) -> Array:
+    """The loss of each example, weighted: (1-ε)·w_y·nll + (ε/C)·smooth_nll + z·w_y·log_z²."""
+    loss = weights.total * stats.nll
+    if options.label_smoothing is not None:
+        epsilon = options.label_smoothing.astype(loss.dtype)
+        loss = (1 - epsilon) * loss + epsilon / num_classes * weights.sample * stats.smooth_nll
+    if options.z_loss is not None:
+        loss += options.z_loss.astype(loss.dtype) * weights.total * stats.log_z**2
+    return loss
+
+
+def divide(total: Array, weight: Array) -> Array:
+    """`total / weight`; 0, with zero gradient, where the weight is 0."""
+    empty = weight == 0
+    return jnp.where(empty, 0, total / jnp.where(empty, 1, weight))
+
+
+def reduce_losses(losses: Array, weights: ExampleWeights, reduction: str) -> Array:
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return divide(losses.sum(), weights.total.sum())

@@ -1,0 +1,307 @@
+"""The losses on arrays of scores: `log_softmax`, `nll_loss` and `cross_entropy`."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxce import _checks
+from jaxce._compose import Options, example_losses, example_weights, reduce_losses
+from jaxce._softmax_stats import Stats, is_index, log_probs, negative_log_prob, softmax_stats
+
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
+
+
+class LossStats(NamedTuple):
+    """What a training loop logs, without gradient. An array that isn't read costs nothing under `jax.jit`.
+
+    Attributes:
+      nll: negative log-likelihood of each example in nats, without weights, smoothing and z-loss; batch shape,
+        float32 (float64 for float64 logits), 0 where the example is left out.
+      log_z: logarithm of the sum of the exponentials of each example's logits; like `nll`.
+      entropy: entropy of the softmax of each example in nats; like `nll`.
+      predicted: index of the largest logit of each example; batch shape, int32.
+      weight_sum: what the mean divides by, the total weight of the examples left in; a scalar.
+    """
+
+    nll: Array
+    log_z: Array
+    entropy: Array
+    predicted: Array
+    weight_sum: Array
+
+
+def over_batch(function: Callable[..., Any], ndim: int, in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
+    """`function` of one example, vmapped over `ndim` leading batch axes of the arguments that have them."""
+    for _ in range(ndim):
+        function = jax.vmap(function, in_axes)
+    return function
+
+
+def stats_over_batch(
+    logits: Array,
+    targets: Array,
+    weight: Array | None,
+    softcap: Array | None,
+    live: Array | None,
+    *,
+    smooth: bool,
+) -> Stats:
+    """The numbers of every example; classes are on the last axis."""
+    one = partial(softmax_stats, smooth)
+    in_axes = (0, 0, None, None, None if live is None else 0)
+    return over_batch(one, logits.ndim - 1, in_axes)(logits, targets, weight, softcap, live)
+
+
+def log_softmax(logits: ArrayLike, axis: int = -1, *, where: ArrayLike | None = None) -> Array:
+    r"""Logarithm of the softmax along the class axis.
+
+    .. math:: \log p_c = (x_c - m) - \log \sum_k e^{x_k - m}, \qquad m = \max_k x_k
+
+    Equivalent to `jax.nn.log_softmax`, computed and returned in float32 for 16-bit logits, and with a gradient that
+    is exactly 0 where a logit is -inf. See Goodfellow et al., *Deep Learning*, section 6.2.2.3.
+
+    Args:
+      logits: unnormalized log-probabilities; a float array of any shape with the class axis at `axis`.
+      axis: the class axis. The rows along it are normalized, each for itself.
+      where: classes to include; bool, broadcastable to the shape of `logits`. The others are left out of the sum
+        and have -inf for a result.
+
+    Returns:
+      Log-probabilities in nats, of the shape of `logits`; float32, or float64 for float64 logits. NaN in a row that
+      is all -inf, or that holds NaN or +inf.
+
+    Raises:
+      TypeError: `logits` isn't a float array, `where` isn't bool, or one of them isn't an array.
+      ValueError: `axis` is out of range, there are no classes, or `where` doesn't fit.
+
+    Example:
+      >>> import jaxce
+      >>> print(jaxce.log_softmax([1.0, 2.0, 3.0]))
+      [-2.407606   -1.4076059  -0.40760595]
+    """
+    return _log_softmax(
+        _checks.as_array("logits", logits),
+        _checks.as_optional_array("where", where),
+        axis=_checks.integer("axis", axis),
+    )
+
+
+@partial(jax.jit, static_argnames=("axis",))
+def _log_softmax(logits: Array, where: Array | None, *, axis: int) -> Array:
+    axis = _checks.class_axis("logits", logits, axis)
+    where = _checks.class_mask(where, logits.shape)
+    if where is not None:
+        where = jnp.moveaxis(where, axis, -1)
+    rows = over_batch(log_probs, logits.ndim - 1, (0, None if where is None else 0))
+    return jnp.moveaxis(rows(jnp.moveaxis(logits, axis, -1), where), -1, axis)
+
+
+def nll_loss(
+    log_probs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+) -> Array:
+    r"""Negative log-likelihood of the labels, from log-probabilities.
+
+    .. math:: \ell_i = -w_{y_i} \log p_{i,y_i}
+
+    `nll_loss(log_softmax(x), labels)` is `cross_entropy(x, labels)`, which is the leaner of the two. As
+    `torch.nn.functional.nll_loss`, which takes no class probabilities. The log-probabilities needn't be normalized.
+
+    Args:
+      log_probs: log-probabilities in nats; a float array of any shape with the class axis at `axis`.
+      labels: class indices, integers of the shape of `log_probs` without the class axis; or class probabilities,
+        floats of the shape of `log_probs`.
+      axis: the class axis.
+      weight: weight of each class, shape (C,).
+      sample_weight: weight of each example, of the batch shape.
+      ignore_index: an example with this label is left out: loss 0, gradient 0.
+      where: False leaves an example out; bool, broadcastable to the batch shape.
+      reduction: "none", "sum", or "mean", which divides by the total weight of the examples left in.
+
+    Returns:
+      The loss in nats: a scalar, or of the batch shape for "none"; float32, or float64 for float64 log-probabilities.
+      NaN for an example whose label is out of range.
+
+    Raises:
+      TypeError: an argument has the wrong type or dtype.
+      ValueError: an argument has a wrong shape or value.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxce
+      >>> log_probs = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]]))
+      >>> print(jaxce.nll_loss(log_probs, [0, 1]))
+      0.28990924
+    """
+    return _nll_loss(
+        _checks.as_array("log_probs", log_probs),
+        _checks.as_array("labels", labels),
+        _checks.as_optional_array("weight", weight),
+        _checks.as_optional_array("sample_weight", sample_weight),
+        _checks.as_optional_array("where", where),
+        axis=_checks.integer("axis", axis),
+        ignore_index=_checks.integer("ignore_index", ignore_index),
+        reduction=_checks.reduction(reduction),
+    )
+
+
+@partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction"))
+def _nll_loss(
+    log_probs: Array,
+    labels: Array,
+    weight: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
+    *,
+    axis: int,
+    ignore_index: int,
+    reduction: str,
+) -> Array:
+    axis = _checks.class_axis("log_probs", log_probs, axis)
+    targets, live = _checks.examples("log_probs", log_probs.shape, axis, labels, ignore_index, where)
+    log_probs = jnp.moveaxis(log_probs, axis, -1)
+    _checks.weight(weight, log_probs.shape[-1])
+    _checks.sample_weight(sample_weight, log_probs.shape[:-1])
+    in_axes = (0, 0, None, None if live is None else 0)
+    nll = over_batch(negative_log_prob, log_probs.ndim - 1, in_axes)(log_probs, targets, weight, live)
+    weights = example_weights(targets, live, sample_weight, weight, nll)
+    return reduce_losses(weights.total * nll, weights, reduction)
+
+
+@overload
+def cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, *, return_stats: Literal[False] = False, **options: Any
+) -> Array: ...
+
+
+@overload
+def cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, *, return_stats: Literal[True], **options: Any
+) -> tuple[Array, LossStats]: ...
+
+
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    where: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    return_stats: bool = False,
+) -> Array | tuple[Array, LossStats]:
+    r"""Cross-entropy between the softmax of the logits and the labels.
+
+    .. math:: \ell_i = (1-\varepsilon) w_{y_i} (\log Z_i - x_{i,y_i})
+              + \frac{\varepsilon}{C} \sum_c w_c (\log Z_i - x_{i,c}) + \zeta w_{y_i} \log^2 Z_i,
+              \qquad \log Z_i = \log \sum_c e^{x_{i,c}}
+
+    for class indices, and with :math:`q = (1-\varepsilon) p + \varepsilon/C` for class probabilities p
+
+    .. math:: \ell_i = \sum_c w_c q_{i,c} (\log Z_i - x_{i,c}) + \zeta \log^2 Z_i
+
+    As `torch.nn.functional.cross_entropy` (smoothing after Szegedy et al., 2016, arXiv:1512.00567, and z-loss after
+    Chowdhery et al., 2022, arXiv:2204.02311), without storing a softmax or a one-hot array. Differentiable in reverse
+    mode in every float argument; `jaxce.reference.cross_entropy` has forward mode.
+
+    Args:
+      logits: unnormalized log-probabilities; a float array of any shape with the class axis at `axis`. A class whose
+        logit is -inf can't happen: its gradient is 0, and label smoothing gives it no share.
+      labels: class indices, integers of the shape of `logits` without the class axis; or class probabilities, floats
+        of the shape of `logits`. The dtype decides which, never the shape.
+      axis: the class axis; 1 is PyTorch's layout (N, C, d1, ...).
+      weight: weight of each class, shape (C,).
+      sample_weight: weight of each example, of the batch shape.
+      ignore_index: an example with this label is left out: loss 0, and gradient 0 in every input, whatever its
+        logits are. Any integer; for class indices alone.
+      where: False leaves an example out in the same way; bool, broadcastable to the batch shape.
+      label_smoothing: the share ε, from 0 to 1, of the target that is spread over all classes.
+      z_loss: factor ζ of the squared log Z, which keeps logits from drifting.
+      logit_softcap: replaces the logits by `cap * tanh(logits / cap)` first; classes at -inf stay there.
+      reduction: "none", "sum", or "mean", which divides by the total weight of the examples left in (for class
+        indices Σ w[y]·sample_weight, for probabilities Σ sample_weight) and is 0 if that is 0.
+      return_stats: also return `LossStats`, ready for `jax.value_and_grad(..., has_aux=True)`.
+
+    Returns:
+      The loss in nats: a scalar, or of the batch shape for "none"; float32, or float64 for float64 logits. NaN for an
+      example whose label is out of range. With `return_stats`, a pair of the loss and `LossStats`.
+
+    Raises:
+      TypeError: an argument has the wrong type or dtype.
+      ValueError: an argument has a wrong shape or value.
+      JaxRuntimeError: under `jax.experimental.checkify`, a label is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxce
+      >>> logits = jnp.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+      >>> print(jaxce.cross_entropy(logits, [2, 1, 0]))
+      1.4076059
+    """
+    return _cross_entropy(
+        _checks.as_array("logits", logits),
+        _checks.as_array("labels", labels),
+        _checks.as_optional_array("weight", weight),
+        _checks.as_optional_array("sample_weight", sample_weight),
+        _checks.as_optional_array("where", where),
+        _checks.label_smoothing(label_smoothing),
+        _checks.z_loss(z_loss),
+        _checks.logit_softcap(logit_softcap),
+        axis=_checks.integer("axis", axis),
+        ignore_index=_checks.integer("ignore_index", ignore_index),
+        reduction=_checks.reduction(reduction),
+        return_stats=_checks.flag("return_stats", return_stats),
+    )
+
+
+@partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction", "return_stats"))
+def _cross_entropy(
+    logits: Array,
+    labels: Array,
+    weight: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
+    label_smoothing: Array | None,
+    z_loss: Array | None,
+    logit_softcap: Array | None,
+    *,
+    axis: int,
+    ignore_index: int,
+    reduction: str,
+    return_stats: bool,
+) -> Array | tuple[Array, LossStats]:
+    axis = _checks.class_axis("logits", logits, axis)
+    targets, live = _checks.examples("logits", logits.shape, axis, labels, ignore_index, where)
+    logits = jnp.moveaxis(logits, axis, -1)
+    num_classes = logits.shape[-1]
+    _checks.weight(weight, num_classes)
+    _checks.sample_weight(sample_weight, logits.shape[:-1])
+    # Class weights enter the numbers of an example where they weigh several classes, else they multiply its nll.
+    smooth = label_smoothing is not None
+    class_weight = weight if smooth or not is_index(targets) else None
+    stats = stats_over_batch(logits, targets, class_weight, logit_softcap, live, smooth=smooth)
+    weights = example_weights(targets, live, sample_weight, weight, stats.nll)
+    losses = example_losses(stats, weights, num_classes, Options(weight, label_smoothing, z_loss))
+    loss = reduce_losses(losses, weights, reduction)
+    if not return_stats:
+        return loss
+    if class_weight is not None:
+        stats = stats_over_batch(logits, targets, None, logit_softcap, live, smooth=False)
+    predicted = jnp.argmax(logits, -1).astype(jnp.int32)
+    read = LossStats(stats.nll, stats.log_z, stats.entropy, predicted, weights.total.sum())
+    return loss, lax.stop_gradient(read)

@@ -1,0 +1,438 @@
+"""The numbers of one example that every loss is made of, and their one hand-written gradient.
+
+With logits `x`, their maximum `m` and `log_s = log Σ_c exp(x_c - m)`:
+
+    nll         log_s - (x_y - m)              or  Σ_c t_c (log_z - x_c)  for class probabilities t
+    smooth_nll  Σ_c w_c (log_z - x_c)          for label smoothing; w = 1 without class weights
+    log_z       m + log_s
+    entropy     log_s - Σ_c p_c (x_c - m)
+
+All of it is written for some of the classes of one example (`partial_sums`), put together by `merge`, and read off
+by `read_stats`, so that a whole row, a row in slabs, a loop over slabs of a kernel and a row spread over a mesh are
+the same code. `x - m` is taken before anything is summed: `log_z - x_y` would lose three digits at an offset of 1e5.
+"""
+
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+# An integer scalar, the index of the class; or the (C,) probabilities of the classes.
+Target: TypeAlias = Array
+
+
+class Stats(NamedTuple):
+    """Scalars of one example; `smooth_nll` is None where it wasn't asked for."""
+
+    nll: Array
+    smooth_nll: Array | None
+    log_z: Array
+    entropy: Array
+
+
+class Sums(NamedTuple):
+    """Sums over some of the classes, taken relative to `maximum`; those that weren't asked for are None."""
+
+    maximum: Array
+    exp: Array  # Σ exp(x - maximum)
+    exp_x: Array  # Σ exp(x - maximum)·(x - maximum)
+    label_logit: Array | None  # x_y, 0 where y is none of these classes
+    target: tuple[Array, Array] | None  # Σ t·(maximum - x), Σ t
+    smooth: tuple[Array, Array] | None  # Σ w·(maximum - x), Σ w, over the classes that can happen
+
+
+class Normalizer(NamedTuple):
+    """What the gradient needs of the whole row, besides the logits themselves."""
+
+    maximum: Array
+    log_sum: Array
+    entropy: Array
+    label_possible: Array | None  # the label's own logit isn't -inf
+    target_mass: Array | None
+    smooth_mass: Array | None
+
+
+def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """float32 for 16-bit inputs, else the input's own."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def is_index(target: Target) -> bool:
+    return jnp.issubdtype(target.dtype, jnp.integer)
+
+
+def cap_logits(logits: Array, softcap: Array | None) -> Array:
+    """Logits in the dtype of computation, soft-capped; a class at -inf stays impossible under the cap."""
+    x = logits.astype(compute_dtype(logits.dtype))
+    if softcap is None:
+        return x
+    cap = softcap.astype(x.dtype)
+    impossible = x == -jnp.inf
+    return jnp.where(impossible, -jnp.inf, cap * jnp.tanh(jnp.where(impossible, 0, x) / cap))
+
+
+def distance(x: Array, maximum: Array, mass: Array | float) -> Array:
+    """`maximum - x`, and 0 for an impossible class of no mass, where it would be multiplied as 0·inf."""
+    return jnp.where((x == -jnp.inf) & (mass == 0), 0, maximum - x)
+
+
+def pick(x: Array, index: Array) -> Array:
+    """`x[index]`, 0 where `index` is outside of `x`."""
+
+    def gather(x: Array, index: Array) -> Array:
+        inside = (index >= 0) & (index < x.shape[0])
+        value = lax.dynamic_index_in_dim(x, jnp.clip(index, 0, x.shape[0] - 1), keepdims=False)
+        return jnp.where(inside, value, 0)
+
+    def compare(x: Array, index: Array) -> Array:
+        return jnp.where(is_class(index, x.shape[0]), x, 0).sum()
+
+    # A gather is a serial read on TPU and is not split over a sharded class axis; on a CPU the comparison is one
+    # more pass over the row.
+    return lax.platform_dependent(x, index, cpu=gather, default=compare)
+
+
+def is_class(index: Array, num_classes: int) -> Array:
+    """The one-hot row of `index` as bool, compared in float32, which vectorizes better than in int32."""
+    dtype = jnp.float32 if num_classes < 2**24 else jnp.int32
+    return lax.iota(dtype, num_classes) == index.astype(dtype)
+
+
+def target_mass(target: Target, weight: Array | None, dtype: jnp.dtype) -> Array:
+    """The weight of each class in `nll`, for class probabilities."""
+    mass = target.astype(dtype)
+    return mass if weight is None else mass * weight.astype(dtype)
+
+
+def smooth_mass(x: Array, weight: Array | None) -> Array:
+    """The weight of each class in `smooth_nll`: an impossible class takes no part in it."""
+    return jnp.where(x == -jnp.inf, 0, jnp.ones_like(x) if weight is None else weight.astype(x.dtype))
+
+
+def anchor(maximum: Array) -> Array:
+    """What logits are taken relative to: their maximum, or 0 where every class is impossible."""
+    return jnp.where(maximum == -jnp.inf, 0, maximum)
+
+
+def partial_sums(
+    logits: Array,
+    target: Target,
+    weight: Array | None,
+    softcap: Array | None,
+    *,
+    smooth: bool,
+    first_class: Array | int = 0,
+) -> Sums:
+    """The sums over the classes whose logits, target and weight these are; `first_class` is the first one's index."""
+    x = cap_logits(logits, softcap)
+    if softcap is None:
+        # Exact in 16 bits; behind the barrier, XLA:CPU keeps no float32 copy of the logits for both passes.
+        maximum = lax.optimization_barrier(lax.stop_gradient(logits).max()).astype(x.dtype)
+    else:
+        maximum = lax.stop_gradient(x).max()
+    reference = anchor(maximum)
+    shifted = x - reference
+    exp = jnp.exp(shifted)
+    label_logit, target_sums, smooth_sums = None, None, None
+    if is_index(target):
+        label_logit = cap_logits(pick(logits, target - first_class), softcap)
+    else:
+        mass = target_mass(target, weight, x.dtype)
+        target_sums = ((mass * distance(x, reference, mass)).sum(), mass.sum())
+    if smooth:
+        mass = smooth_mass(x, weight)
+        smooth_sums = ((mass * distance(x, reference, mass)).sum(), mass.sum())
+    return Sums(
+        maximum=maximum,
+        exp=exp.sum(),
+        exp_x=jnp.where(exp == 0, 0, exp * shifted).sum(),
+        label_logit=label_logit,
+        target=target_sums,
+        smooth=smooth_sums,
+    )
+
+
+def merge(parts: Sums) -> Sums:
+    """The sums over all classes, from those over disjoint parts of them, stacked along axis 0."""
+    maximum = parts.maximum.max(0)
+    reference = anchor(maximum)
+    scale = jnp.exp(parts.maximum - reference)
+    rise = jnp.where(scale == 0, 0, parts.maximum - reference)
+
+    def mass_sums(part: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
+        if part is None:
+            return None
+        gap, mass = part
+        return (gap + mass * (reference - anchor(parts.maximum))).sum(0), mass.sum(0)
+
+    return Sums(
+        maximum=maximum,
+        exp=(scale * parts.exp).sum(0),
+        exp_x=(scale * (parts.exp_x + rise * parts.exp)).sum(0),
+        label_logit=None if parts.label_logit is None else parts.label_logit.sum(0),
+        target=mass_sums(parts.target),
+        smooth=mass_sums(parts.smooth),
+    )
+
+
+def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:
+    """The numbers of the example, and what their gradient needs; a negative index is a bad label and gives NaN."""
+    log_sum = jnp.where(sums.maximum == -jnp.inf, jnp.nan, jnp.log(sums.exp))
+    if sums.target is None:
+        mass = jnp.where(target >= 0, jnp.ones_like(log_sum), jnp.nan)
+        nll = mass * (log_sum - (sums.label_logit - sums.maximum))
+    else:
+        gap, mass = sums.target
+        nll = gap + mass * log_sum
+    stats = Stats(
+        nll=nll,
+        smooth_nll=None if sums.smooth is None else sums.smooth[0] + sums.smooth[1] * log_sum,
+        log_z=sums.maximum + log_sum,
+        entropy=log_sum - sums.exp_x / sums.exp,
+    )
+    normalizer = Normalizer(
+        maximum=sums.maximum,
+        log_sum=log_sum,
+        entropy=stats.entropy,
+        label_possible=None if sums.label_logit is None else sums.label_logit > -jnp.inf,
+        target_mass=mass,
+        smooth_mass=None if sums.smooth is None else sums.smooth[1],
+    )
+    return stats, normalizer
+
+
+class Gradients(NamedTuple):
+    """Cotangents of the inputs of `partial_sums`, in the dtype of computation; None for an input that has none."""
+
+    logits: Array
+    target: Array | None
+    weight: Array | None
+    softcap: Array | None
+
+
+def partial_gradients(
+    logits: Array,
+    target: Target,
+    weight: Array | None,
+    softcap: Array | None,
+    normalizer: Normalizer,
+    cotangents: Stats,
+    *,
+    first_class: Array | int = 0,
+) -> Gradients:
+    """Softmax minus target, for some of the classes; a cotangent that is None is zero.
+
+    d nll = p·Σt - t,  d smooth_nll = p·Σw - w,  d log_z = p,  d entropy = -p·(log p + entropy).
+    """
+    x, pull_softcap = jax.vjp(cap_logits, logits, softcap)
+    g = cotangents
+    log_p = (x - normalizer.maximum) - normalizer.log_sum
+    p = jnp.exp(log_p)
+    # -log p where it multiplies a weight, which an impossible class has none of.
+    nll = jnp.where(x == -jnp.inf, 0, -log_p)
+    factor = jnp.zeros((), x.dtype)
+    if g.log_z is not None:
+        factor += g.log_z
+    if g.nll is not None:
+        factor += g.nll * normalizer.target_mass
+    if g.smooth_nll is not None:
+        factor += g.smooth_nll * normalizer.smooth_mass
+    dx = factor * p
+    dtarget = None if is_index(target) else jnp.zeros_like(x)
+    dweight = None if weight is None else jnp.zeros_like(x)
+    if g.entropy is not None:
+        dx -= g.entropy * p * (normalizer.entropy - nll)
+    if g.smooth_nll is not None:
+        dx -= g.smooth_nll * smooth_mass(x, weight)
+        if weight is not None:
+            dweight += g.smooth_nll * nll
+    if g.nll is not None:
+        if is_index(target):
+            dx = subtract_at(dx, jnp.where(normalizer.label_possible, target - first_class, -1), g.nll)
+        else:
+            mass = target_mass(target, weight, x.dtype)
+            dx -= jnp.where(x == -jnp.inf, 0, g.nll * mass)
+            dtarget = g.nll * nll * (1 if weight is None else weight.astype(x.dtype))
+            if weight is not None:
+                dweight += g.nll * nll * target.astype(x.dtype)
+    dlogits, dsoftcap = pull_softcap(dx)
+    return Gradients(dlogits, dtarget, dweight, dsoftcap)
+
+
+def subtract_at(x: Array, index: Array, value: Array) -> Array:
+    """`x` less `value` at `index`; nothing where `index` is outside of `x`."""
+    classes = x.shape[0]
+
+    def compare(x: Array, index: Array, value: Array) -> Array:
+        return x - value * is_class(index, classes).astype(x.dtype)
+
+    def scatter(x: Array, index: Array, value: Array) -> Array:
+        return x.at[jnp.where(index < 0, classes, index)].add(-value, mode="drop")
+
+    return lax.platform_dependent(x, index, value, cpu=scatter, default=compare)
+
+
+# The longest row that XLA:CPU reduces in one go; above it, its maximum and its sum of exponentials are several times
+# slower than over slabs (benchmarks/cross_entropy.py).
+_LONGEST_CPU_ROW = 32_768
+
+
+def cpu_slabs(num_classes: int) -> int:
+    """How many equal slabs a long row is cut into on a CPU; 1 where it is short, or can't be cut evenly.
+
+    A multiple of 16 wherever there is one, so that the slabs of a row sharded over a power of two stay where they are.
+    """
+    if num_classes <= _LONGEST_CPU_ROW:
+        return 1
+    counts = [n for n in range(1, 1 + num_classes // 1024) if num_classes % n == 0]
+    counts = [n for n in counts if num_classes // n <= _LONGEST_CPU_ROW]
+    return min(counts, key=lambda n: (n % 16 != 0, n), default=1)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def split_row(row: Array, slabs: int) -> Array:
+    """(C,) to (slabs, C / slabs), also where XLA:CPU would reshape 16-bit floats as a float32 copy."""
+    if row.dtype.itemsize != 2:
+        return row.reshape(slabs, -1)
+    bits = lax.bitcast_convert_type(row, jnp.uint16).reshape(slabs, -1)
+    return lax.bitcast_convert_type(bits, row.dtype)
+
+
+@split_row.defjvp
+def _split_row_jvp(slabs: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (row,), (tangent,) = primals, tangents
+    return split_row(row, slabs), tangent.reshape(slabs, -1)
+
+
+def row_sums(
+    logits: Array, target: Target, weight: Array | None, softcap: Array | None, *, smooth: bool
+) -> Sums:
+    """The sums over all classes, in the form that suits the platform."""
+    whole = partial(partial_sums, smooth=smooth)
+    slabs = cpu_slabs(logits.shape[0])
+    if slabs == 1:
+        return whole(logits, target, weight, softcap)
+
+    def in_slabs(logits: Array, target: Target, weight: Array | None, softcap: Array | None) -> Sums:
+        def slab_sums(logits: Array, target: Target, weight: Array | None, first_class: Array) -> Sums:
+            return whole(logits, target, weight, softcap, first_class=first_class)
+
+        split = partial(split_row, slabs=slabs)
+        rows = is_index(target)
+        in_axes = (0, None if rows else 0, None if weight is None else 0, 0)
+        return merge(
+            jax.vmap(slab_sums, in_axes)(
+                split(logits),
+                target if rows else split(target),
+                None if weight is None else split(weight),
+                jnp.arange(slabs) * (logits.shape[0] // slabs),
+            )
+        )
+
+    return lax.platform_dependent(logits, target, weight, softcap, cpu=in_slabs, default=whole)
+
+
+def keep(live: Array | None, tree: object) -> object:
+    """`tree` where the example is live, else zeros: selected, not multiplied, since NaN·0 is NaN."""
+    if live is None:
+        return tree
+    return jax.tree.map(lambda leaf: jnp.where(live, leaf, 0), tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def softmax_stats(
+    smooth: bool,
+    logits: Array,
+    target: Target,
+    weight: Array | None,
+    softcap: Array | None,
+    live: Array | None,
+) -> Stats:
+    """The numbers of one example: (C,) logits, its target, (C,) class weights, and whether it counts at all.
+
+    An example left out has zeros for numbers and for gradients, whatever its logits hold.
+    """
+    stats, _ = read_stats(row_sums(logits, target, weight, softcap, smooth=smooth), target)
+    return keep(live, stats)
+
+
+def _softmax_stats_fwd(smooth, *inputs):
+    logits, target, weight, softcap, live = jax.tree.map(
+        lambda primal: primal.value, inputs, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal)
+    )
+    stats, normalizer = read_stats(row_sums(logits, target, weight, softcap, smooth=smooth), target)
+    return keep(live, stats), (logits, target, weight, softcap, live, normalizer)
+
+
+def _softmax_stats_bwd(smooth, residuals, cotangents):
+    logits, target, weight, softcap, live, normalizer = residuals
+    cotangents = Stats(*(None if isinstance(g, SymbolicZero) else g for g in cotangents))
+    gradients = partial_gradients(logits, target, weight, softcap, normalizer, cotangents)
+    gradients = [
+        None if g is None else keep(live, g).astype(primal.dtype)
+        for g, primal in zip(gradients, (logits, target, weight, softcap), strict=True)
+    ]
+    return *gradients, None
+
+
+softmax_stats.defvjp(_softmax_stats_fwd, _softmax_stats_bwd, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def negative_log_prob(log_probs: Array, target: Target, weight: Array | None, live: Array | None) -> Array:
+    """`-log_probs[y]`, or `-Σ t·log_probs` for class probabilities, of one example; 0 where it is left out."""
+    lp = cap_logits(log_probs, None)
+    if is_index(target):
+        return keep(live, jnp.where(target >= 0, -cap_logits(pick(log_probs, target), None), jnp.nan))
+    mass = target_mass(target, weight, lp.dtype)
+    return keep(live, (mass * distance(lp, jnp.zeros_like(lp), mass)).sum())
+
+
+def _negative_log_prob_fwd(log_probs, target, weight, live):
+    return negative_log_prob(log_probs, target, weight, live), (log_probs, target, weight, live)
+
+
+def _negative_log_prob_bwd(residuals, g):
+    log_probs, target, weight, live = residuals
+    lp = cap_logits(log_probs, None)
+    dtarget, dweight = None, None
+    if is_index(target):
+        dlp = subtract_at(jnp.zeros_like(lp), target, g) + jnp.where(target >= 0, jnp.zeros_like(g), jnp.nan)
+    else:
+        nll = jnp.where(lp == -jnp.inf, 0, -lp)
+        dlp = -g * target_mass(target, weight, lp.dtype)
+        dtarget = keep(live, g * nll * (1 if weight is None else weight.astype(lp.dtype))).astype(target.dtype)
+        if weight is not None:
+            dweight = keep(live, g * nll * target.astype(lp.dtype)).astype(weight.dtype)
+    return keep(live, dlp).astype(log_probs.dtype), dtarget, dweight, None
+
+
+negative_log_prob.defvjp(_negative_log_prob_fwd, _negative_log_prob_bwd)
+
+
+@jax.custom_vjp
+def log_probs(logits: Array, where: Array | None) -> Array:
+    """`log_softmax` of one row; -inf for the classes that `where` leaves out."""
+    x = logits if where is None else jnp.where(where, logits, -jnp.inf)
+    sums = row_sums(x, jnp.zeros((), jnp.int32), None, None, smooth=False)
+    _, normalizer = read_stats(sums, jnp.zeros((), jnp.int32))
+    out = (cap_logits(x, None) - normalizer.maximum) - normalizer.log_sum
+    return out if where is None else jnp.where(where, out, -jnp.inf)
+
+
+def _log_probs_fwd(logits, where):
+    out = log_probs(logits, where)
+    return out, (out, jnp.zeros((), logits.dtype))
+
+
+def _log_probs_bwd(residuals, g):
+    out, like = residuals
+    possible = out != -jnp.inf
+    g = jnp.where(possible, g, 0)
+    return (g - jnp.exp(out) * g.sum()).astype(like.dtype), None
+
+
+log_probs.defvjp(_log_probs_fwd, _log_probs_bwd)
