@@ -66,9 +66,11 @@ def machine() -> dict[str, str]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if (
-        info.exists()
-    ) else []
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if (info.exists())
+        else []
+    )
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
 
 

@@ -123,9 +123,7 @@ class Examples(NamedTuple):
     live: Array | None  # bool, of the batch shape: False is left out; None if all are in
 
 
-def examples(
-    name: str, shape: Shape, axis: int, labels: Array, ignore_index: int, where: Array | None
-) -> Examples:
+def examples(name: str, shape: Shape, axis: int, labels: Array, ignore_index: int, where: Array | None) -> Examples:
     """Checks the labels of scores `name` of that shape, and reads off them which examples count."""
     batch = shape[:axis] + shape[axis + 1 :]
     live = None if where is None else _live(name, shape, batch, where)
@@ -229,8 +227,10 @@ def weight(value: Array | None, num_classes: int) -> None:
     _assert_shape(
         value,
         (num_classes,),
-        lambda: f"weight must have shape ({num_classes},), one weight a class; got {value.shape}: "
-        "sample_weight is one weight an example",
+        lambda: (
+            f"weight must have shape ({num_classes},), one weight a class; got {value.shape}: "
+            "sample_weight is one weight an example"
+        ),
     )
 
 

@@ -181,13 +181,37 @@ def _nll_loss(
 
 @overload
 def cross_entropy(
-    logits: ArrayLike, labels: ArrayLike, *, return_stats: Literal[False] = False, **options: Any
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    where: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    return_stats: Literal[False] = False,
 ) -> Array: ...
 
 
 @overload
 def cross_entropy(
-    logits: ArrayLike, labels: ArrayLike, *, return_stats: Literal[True], **options: Any
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    where: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    return_stats: Literal[True],
 ) -> tuple[Array, LossStats]: ...
 
 

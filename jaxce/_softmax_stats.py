@@ -13,7 +13,7 @@ the same code. `x - m` is taken before anything is summed: `log_z - x_y` would l
 """
 
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,25 +23,30 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 # An integer scalar, the index of the class; or the (C,) probabilities of the classes.
 Target: TypeAlias = Array
 
+Tree = TypeVar("Tree")
+
 
 class Stats(NamedTuple):
-    """Scalars of one example; `smooth_nll` is None where it wasn't asked for."""
+    """Scalars of one example; `smooth_nll` is 0 where it wasn't asked for."""
 
     nll: Array
-    smooth_nll: Array | None
+    smooth_nll: Array
     log_z: Array
     entropy: Array
 
 
 class Sums(NamedTuple):
-    """Sums over some of the classes, taken relative to `maximum`; those that weren't asked for are None."""
+    """Sums over some of the classes, taken relative to `maximum`; 0 where they weren't asked for.
+
+    Over all of the classes they are NaN where every class is impossible.
+    """
 
     maximum: Array
     exp: Array  # Σ exp(x - maximum)
     exp_x: Array  # Σ exp(x - maximum)·(x - maximum)
-    label_logit: Array | None  # x_y, 0 where y is none of these classes
-    target: tuple[Array, Array] | None  # Σ t·(maximum - x), Σ t
-    smooth: tuple[Array, Array] | None  # Σ w·(maximum - x), Σ w, over the classes that can happen
+    label_logit: Array  # x_y, 0 where y is none of these classes
+    target: tuple[Array, Array]  # Σ t·(maximum - x), Σ t
+    smooth: tuple[Array, Array]  # Σ w·(maximum - x), Σ w, over the classes that can happen
 
 
 class Normalizer(NamedTuple):
@@ -50,9 +55,9 @@ class Normalizer(NamedTuple):
     maximum: Array
     log_sum: Array
     entropy: Array
-    label_possible: Array | None  # the label's own logit isn't -inf
-    target_mass: Array | None
-    smooth_mass: Array | None
+    label_possible: Array  # the label's own logit isn't -inf
+    target_mass: Array
+    smooth_mass: Array
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -79,13 +84,14 @@ def distance(x: Array, maximum: Array, mass: Array | float) -> Array:
     return jnp.where((x == -jnp.inf) & (mass == 0), 0, maximum - x)
 
 
+@jax.custom_jvp
 def pick(x: Array, index: Array) -> Array:
     """`x[index]`, 0 where `index` is outside of `x`."""
 
     def gather(x: Array, index: Array) -> Array:
         inside = (index >= 0) & (index < x.shape[0])
-        value = lax.dynamic_index_in_dim(x, jnp.clip(index, 0, x.shape[0] - 1), keepdims=False)
-        return jnp.where(inside, value, 0)
+        value = lax.dynamic_index_in_dim(as_bits(x), jnp.clip(index, 0, x.shape[0] - 1), keepdims=False)
+        return jnp.where(inside, from_bits(value, x.dtype), 0)
 
     def compare(x: Array, index: Array) -> Array:
         return jnp.where(is_class(index, x.shape[0]), x, 0).sum()
@@ -93,6 +99,21 @@ def pick(x: Array, index: Array) -> Array:
     # A gather is a serial read on TPU and is not split over a sharded class axis; on a CPU the comparison is one
     # more pass over the row.
     return lax.platform_dependent(x, index, cpu=gather, default=compare)
+
+
+@pick.defjvp
+def _pick_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, index), (tangent, _) = primals, tangents
+    return pick(x, index), pick(tangent, index)
+
+
+def as_bits(x: Array) -> Array:
+    """16-bit floats as integers: XLA:CPU moves floats of 16 bits about by way of a float32 copy of all of them."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def from_bits(x: Array, dtype: jnp.dtype) -> Array:
+    return lax.bitcast_convert_type(x, dtype)
 
 
 def is_class(index: Array, num_classes: int) -> Array:
@@ -124,21 +145,27 @@ def partial_sums(
     softcap: Array | None,
     *,
     smooth: bool,
-    first_class: Array | int = 0,
+    first_class: Array | int | None = None,
 ) -> Sums:
-    """The sums over the classes whose logits, target and weight these are; `first_class` is the first one's index."""
+    """The sums over the classes whose logits, target and weight these are.
+
+    `first_class` is the index of the first of them, None where they are all there is: a part may be all -inf without
+    harm, a whole row may not, and without the care for it XLA:CPU fuses the maximum with the sum.
+    """
     x = cap_logits(logits, softcap)
     if softcap is None:
         # Exact in 16 bits; behind the barrier, XLA:CPU keeps no float32 copy of the logits for both passes.
         maximum = lax.optimization_barrier(lax.stop_gradient(logits).max()).astype(x.dtype)
     else:
         maximum = lax.stop_gradient(x).max()
-    reference = anchor(maximum)
+    reference = maximum if first_class is None else anchor(maximum)
     shifted = x - reference
     exp = jnp.exp(shifted)
-    label_logit, target_sums, smooth_sums = None, None, None
+    zero = jnp.zeros((), x.dtype)
+    label_logit, target_sums, smooth_sums = zero, (zero, zero), (zero, zero)
     if is_index(target):
-        label_logit = cap_logits(pick(logits, target - first_class), softcap)
+        index = target if first_class is None else target - first_class
+        label_logit = cap_logits(pick(logits, index), softcap)
     else:
         mass = target_mass(target, weight, x.dtype)
         target_sums = ((mass * distance(x, reference, mass)).sum(), mass.sum())
@@ -160,19 +187,18 @@ def merge(parts: Sums) -> Sums:
     maximum = parts.maximum.max(0)
     reference = anchor(maximum)
     scale = jnp.exp(parts.maximum - reference)
+    exp = (scale * parts.exp).sum(0)
     rise = jnp.where(scale == 0, 0, parts.maximum - reference)
 
-    def mass_sums(part: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
-        if part is None:
-            return None
+    def mass_sums(part: tuple[Array, Array]) -> tuple[Array, Array]:
         gap, mass = part
         return (gap + mass * (reference - anchor(parts.maximum))).sum(0), mass.sum(0)
 
     return Sums(
         maximum=maximum,
-        exp=(scale * parts.exp).sum(0),
+        exp=jnp.where(maximum == -jnp.inf, jnp.nan, exp),
         exp_x=(scale * (parts.exp_x + rise * parts.exp)).sum(0),
-        label_logit=None if parts.label_logit is None else parts.label_logit.sum(0),
+        label_logit=parts.label_logit.sum(0),
         target=mass_sums(parts.target),
         smooth=mass_sums(parts.smooth),
     )
@@ -180,8 +206,8 @@ def merge(parts: Sums) -> Sums:
 
 def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:
     """The numbers of the example, and what their gradient needs; a negative index is a bad label and gives NaN."""
-    log_sum = jnp.where(sums.maximum == -jnp.inf, jnp.nan, jnp.log(sums.exp))
-    if sums.target is None:
+    log_sum = jnp.log(sums.exp)
+    if is_index(target):
         mass = jnp.where(target >= 0, jnp.ones_like(log_sum), jnp.nan)
         nll = mass * (log_sum - (sums.label_logit - sums.maximum))
     else:
@@ -189,7 +215,7 @@ def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:
         nll = gap + mass * log_sum
     stats = Stats(
         nll=nll,
-        smooth_nll=None if sums.smooth is None else sums.smooth[0] + sums.smooth[1] * log_sum,
+        smooth_nll=sums.smooth[0] + sums.smooth[1] * log_sum,
         log_z=sums.maximum + log_sum,
         entropy=log_sum - sums.exp_x / sums.exp,
     )
@@ -197,11 +223,20 @@ def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:
         maximum=sums.maximum,
         log_sum=log_sum,
         entropy=stats.entropy,
-        label_possible=None if sums.label_logit is None else sums.label_logit > -jnp.inf,
+        label_possible=sums.label_logit > -jnp.inf,
         target_mass=mass,
-        smooth_mass=None if sums.smooth is None else sums.smooth[1],
+        smooth_mass=sums.smooth[1],
     )
     return stats, normalizer
+
+
+class Cotangents(NamedTuple):
+    """Cotangents of `Stats`; None where one is zero."""
+
+    nll: Array | None = None
+    smooth_nll: Array | None = None
+    log_z: Array | None = None
+    entropy: Array | None = None
 
 
 class Gradients(NamedTuple):
@@ -218,18 +253,21 @@ def partial_gradients(
     target: Target,
     weight: Array | None,
     softcap: Array | None,
+    live: Array | None,
     normalizer: Normalizer,
-    cotangents: Stats,
+    cotangents: Cotangents,
     *,
     first_class: Array | int = 0,
 ) -> Gradients:
-    """Softmax minus target, for some of the classes; a cotangent that is None is zero.
+    """Softmax minus target, for some of the classes; a cotangent that is None is zero, and all are if not `live`.
 
     d nll = p·Σt - t,  d smooth_nll = p·Σw - w,  d log_z = p,  d entropy = -p·(log p + entropy).
     """
+    # Behind the barrier, XLA doesn't keep arrays of the logits' size from the forward pass for this one.
+    logits, maximum, log_sum = lax.optimization_barrier((logits, normalizer.maximum, normalizer.log_sum))
     x, pull_softcap = jax.vjp(cap_logits, logits, softcap)
     g = cotangents
-    log_p = (x - normalizer.maximum) - normalizer.log_sum
+    log_p = (x - maximum) - log_sum
     p = jnp.exp(log_p)
     # -log p where it multiplies a weight, which an impossible class has none of.
     nll = jnp.where(x == -jnp.inf, 0, -log_p)
@@ -247,23 +285,45 @@ def partial_gradients(
         dx -= g.entropy * p * (normalizer.entropy - nll)
     if g.smooth_nll is not None:
         dx -= g.smooth_nll * smooth_mass(x, weight)
-        if weight is not None:
+        if dweight is not None:
             dweight += g.smooth_nll * nll
-    if g.nll is not None:
-        if is_index(target):
-            dx = subtract_at(dx, jnp.where(normalizer.label_possible, target - first_class, -1), g.nll)
-        else:
-            mass = target_mass(target, weight, x.dtype)
-            dx -= jnp.where(x == -jnp.inf, 0, g.nll * mass)
-            dtarget = g.nll * nll * (1 if weight is None else weight.astype(x.dtype))
-            if weight is not None:
-                dweight += g.nll * nll * target.astype(x.dtype)
-    dlogits, dsoftcap = pull_softcap(dx)
-    return Gradients(dlogits, dtarget, dweight, dsoftcap)
+    if g.nll is not None and not is_index(target):
+        dx -= jnp.where(x == -jnp.inf, 0, g.nll * target_mass(target, weight, x.dtype))
+        dtarget = g.nll * nll * (1 if weight is None else weight.astype(x.dtype))
+        if dweight is not None:
+            dweight += g.nll * nll * target.astype(x.dtype)
+    dx = keep_row(live, dx)
+    dtarget, dweight = keep(live, (dtarget, dweight))
+    if g.nll is not None and is_index(target):
+        # Last, so that what may be a scatter is not followed by another pass over the row.
+        hit = normalizer.label_possible if live is None else normalizer.label_possible & live
+        index = jnp.where(hit, target - first_class, -1)
+        dx = subtract_at(dx, index, g.nll, in_place=logits.dtype.itemsize > 2)
+    if softcap is None:
+        return Gradients(dx, dtarget, dweight, None)
+    dx, dsoftcap = keep(live, pull_softcap(dx))
+    return Gradients(dx, dtarget, dweight, dsoftcap)
 
 
-def subtract_at(x: Array, index: Array, value: Array) -> Array:
-    """`x` less `value` at `index`; nothing where `index` is outside of `x`."""
+# Up to this many classes, XLA:CPU vectorizes differently: over rows and classes in one (benchmarks/cross_entropy.py).
+_SHORT_ROW = 64
+
+
+def keep_row(live: Array | None, row: Array) -> Array:
+    """`row` where the example is live, else zeros."""
+    if live is None or row.shape[0] > _SHORT_ROW:
+        return keep(live, row)
+    # One bool for many elements keeps XLA:CPU from vectorizing; a comparison of the elements themselves doesn't.
+    dead = jnp.where(live, jnp.zeros((), row.dtype), jnp.nan)
+    return jnp.where(jnp.isnan(row + dead), jnp.where(live, jnp.nan, jnp.zeros((), row.dtype)), row)
+
+
+def subtract_at(x: Array, index: Array, value: Array, *, in_place: bool = True) -> Array:
+    """`x` less `value` at `index`; nothing where `index` is outside of `x`.
+
+    On a CPU in place, if that is wanted, since XLA's loop over exponentials is three times faster without a comparison
+    in it. Where 16-bit gradients are made of `x` it isn't: the comparison is then hidden by the conversion.
+    """
     classes = x.shape[0]
 
     def compare(x: Array, index: Array, value: Array) -> Array:
@@ -272,6 +332,8 @@ def subtract_at(x: Array, index: Array, value: Array) -> Array:
     def scatter(x: Array, index: Array, value: Array) -> Array:
         return x.at[jnp.where(index < 0, classes, index)].add(-value, mode="drop")
 
+    if not in_place or classes <= _SHORT_ROW:
+        return compare(x, index, value)
     return lax.platform_dependent(x, index, value, cpu=scatter, default=compare)
 
 
@@ -294,11 +356,8 @@ def cpu_slabs(num_classes: int) -> int:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def split_row(row: Array, slabs: int) -> Array:
-    """(C,) to (slabs, C / slabs), also where XLA:CPU would reshape 16-bit floats as a float32 copy."""
-    if row.dtype.itemsize != 2:
-        return row.reshape(slabs, -1)
-    bits = lax.bitcast_convert_type(row, jnp.uint16).reshape(slabs, -1)
-    return lax.bitcast_convert_type(bits, row.dtype)
+    """(C,) to (slabs, C / slabs)."""
+    return from_bits(as_bits(row).reshape(slabs, -1), row.dtype)
 
 
 @split_row.defjvp
@@ -307,27 +366,25 @@ def _split_row_jvp(slabs: int, primals: tuple[Array], tangents: tuple[Array]) ->
     return split_row(row, slabs), tangent.reshape(slabs, -1)
 
 
-def row_sums(
-    logits: Array, target: Target, weight: Array | None, softcap: Array | None, *, smooth: bool
-) -> Sums:
+def row_sums(logits: Array, target: Target, weight: Array | None, softcap: Array | None, *, smooth: bool) -> Sums:
     """The sums over all classes, in the form that suits the platform."""
     whole = partial(partial_sums, smooth=smooth)
     slabs = cpu_slabs(logits.shape[0])
     if slabs == 1:
         return whole(logits, target, weight, softcap)
 
+    rows = is_index(target)
+    in_axes = (0, None if rows else 0, None if weight is None else 0, 0)
+
     def in_slabs(logits: Array, target: Target, weight: Array | None, softcap: Array | None) -> Sums:
         def slab_sums(logits: Array, target: Target, weight: Array | None, first_class: Array) -> Sums:
             return whole(logits, target, weight, softcap, first_class=first_class)
 
-        split = partial(split_row, slabs=slabs)
-        rows = is_index(target)
-        in_axes = (0, None if rows else 0, None if weight is None else 0, 0)
         return merge(
             jax.vmap(slab_sums, in_axes)(
-                split(logits),
-                target if rows else split(target),
-                None if weight is None else split(weight),
+                split_row(logits, slabs),
+                target if rows else split_row(target, slabs),
+                None if weight is None else split_row(weight, slabs),
                 jnp.arange(slabs) * (logits.shape[0] // slabs),
             )
         )
@@ -335,7 +392,7 @@ def row_sums(
     return lax.platform_dependent(logits, target, weight, softcap, cpu=in_slabs, default=whole)
 
 
-def keep(live: Array | None, tree: object) -> object:
+def keep(live: Array | None, tree: Tree) -> Tree:
     """`tree` where the example is live, else zeros: selected, not multiplied, since NaN·0 is NaN."""
     if live is None:
         return tree
@@ -359,7 +416,7 @@ def softmax_stats(
     return keep(live, stats)
 
 
-def _softmax_stats_fwd(smooth, *inputs):
+def _softmax_stats_fwd(smooth: bool, *inputs: Any) -> tuple[Stats, tuple[Any, ...]]:
     logits, target, weight, softcap, live = jax.tree.map(
         lambda primal: primal.value, inputs, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal)
     )
@@ -367,15 +424,12 @@ def _softmax_stats_fwd(smooth, *inputs):
     return keep(live, stats), (logits, target, weight, softcap, live, normalizer)
 
 
-def _softmax_stats_bwd(smooth, residuals, cotangents):
+def _softmax_stats_bwd(smooth: bool, residuals: tuple[Any, ...], cotangents: Stats) -> tuple[Array | None, ...]:
     logits, target, weight, softcap, live, normalizer = residuals
-    cotangents = Stats(*(None if isinstance(g, SymbolicZero) else g for g in cotangents))
-    gradients = partial_gradients(logits, target, weight, softcap, normalizer, cotangents)
-    gradients = [
-        None if g is None else keep(live, g).astype(primal.dtype)
-        for g, primal in zip(gradients, (logits, target, weight, softcap), strict=True)
-    ]
-    return *gradients, None
+    wanted = Cotangents(*(None if isinstance(g, SymbolicZero) else g for g in cotangents))
+    gradients = partial_gradients(logits, target, weight, softcap, live, normalizer, wanted)
+    inputs = (logits, target, weight, softcap)
+    return *(None if g is None else g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)), None
 
 
 softmax_stats.defvjp(_softmax_stats_fwd, _softmax_stats_bwd, symbolic_zeros=True)
@@ -391,11 +445,13 @@ def negative_log_prob(log_probs: Array, target: Target, weight: Array | None, li
     return keep(live, (mass * distance(lp, jnp.zeros_like(lp), mass)).sum())
 
 
-def _negative_log_prob_fwd(log_probs, target, weight, live):
+def _negative_log_prob_fwd(
+    log_probs: Array, target: Target, weight: Array | None, live: Array | None
+) -> tuple[Array, tuple[Any, ...]]:
     return negative_log_prob(log_probs, target, weight, live), (log_probs, target, weight, live)
 
 
-def _negative_log_prob_bwd(residuals, g):
+def _negative_log_prob_bwd(residuals: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
     log_probs, target, weight, live = residuals
     lp = cap_logits(log_probs, None)
     dtarget, dweight = None, None
@@ -423,12 +479,12 @@ def log_probs(logits: Array, where: Array | None) -> Array:
     return out if where is None else jnp.where(where, out, -jnp.inf)
 
 
-def _log_probs_fwd(logits, where):
+def _log_probs_fwd(logits: Array, where: Array | None) -> tuple[Array, tuple[Array, Array]]:
     out = log_probs(logits, where)
     return out, (out, jnp.zeros((), logits.dtype))
 
 
-def _log_probs_bwd(residuals, g):
+def _log_probs_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
     out, like = residuals
     possible = out != -jnp.inf
     g = jnp.where(possible, g, 0)

@@ -89,8 +89,9 @@ def _weight(x: Array, weight: ArrayLike | None) -> Array:
     return jnp.ones(x.shape[-1], x.dtype) if weight is None else jnp.asarray(weight).astype(x.dtype)
 
 
-def _dot(q: Array, log_p: Array) -> Array:
-    return jnp.where(q == 0, 0, q * jnp.where(q == 0, 0, log_p)).sum(-1)
+def _dot(q: ArrayLike, log_p: Array) -> Array:
+    q = jnp.asarray(q)
+    return (q * jnp.where(q == 0, 0, log_p)).sum(-1)
 
 
 def _reduce(
