@@ -87,11 +87,13 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be a Python integer; got {type(value).__name__}: {_brief(value)}") from None
 
 
-def reduction(value: str) -> str:
-    if not (isinstance(value, str) and value in REDUCTIONS):
-        close = difflib.get_close_matches(str(value).lower(), REDUCTIONS, n=1)
+def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """One of a few words."""
+    if not (isinstance(value, str) and value in choices):
+        *most, last = map(repr, choices)
+        close = difflib.get_close_matches(str(value).lower(), choices, n=1)
         hint = f": did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"reduction must be one of 'none', 'mean' and 'sum'; got {value!r}{hint}")
+        raise ValueError(f"{name} must be one of {', '.join(most)} and {last}; got {value!r}{hint}")
     return value
 
 
@@ -123,10 +125,22 @@ class Examples(NamedTuple):
     live: Array | None  # bool, of the batch shape: False is left out; None if all are in
 
 
-def examples(name: str, shape: Shape, axis: int, labels: Array, ignore_index: int, where: Array | None) -> Examples:
-    """Checks the labels of scores `name` of that shape, and reads off them which examples count."""
+def examples(
+    name: str,
+    shape: Shape,
+    axis: int,
+    labels: Array,
+    ignore_index: int,
+    where: Array | None,
+    source: str | None = None,
+) -> Examples:
+    """Checks the labels of scores `name` of that shape, and reads off them which examples count.
+
+    `source` says where the batch shape comes from, if not from the scores themselves.
+    """
     batch = shape[:axis] + shape[axis + 1 :]
-    live = None if where is None else _live(name, shape, batch, where)
+    origin = f"{name} {shape} without the class axis" if source is None else f"{source} without the last axis"
+    live = None if where is None else _live(name, shape, batch, where, origin)
     if labels.dtype == bool:
         raise TypeError(
             f"labels must be class indices (integers) or class probabilities (floats); got {_describe(labels)}: "
@@ -139,7 +153,7 @@ def examples(name: str, shape: Shape, axis: int, labels: Array, ignore_index: in
         raise TypeError(
             f"labels must be class indices (integers) or class probabilities (floats); got {_describe(labels)}"
         )
-    _assert_shape(labels, batch, lambda: _label_shape_message(name, shape, axis, batch, labels))
+    _assert_shape(labels, batch, lambda: _label_shape_message(name, shape, axis, batch, labels, origin))
     return _index_examples(labels, shape[axis], ignore_index, live)
 
 
@@ -170,15 +184,12 @@ def _check_labels_in_range(labels: Array, fine: Array, num_classes: int) -> None
     )
 
 
-def _live(name: str, shape: Shape, batch: Shape, where: Array) -> Array:
+def _live(name: str, shape: Shape, batch: Shape, where: Array, origin: str) -> Array:
     if where.dtype != bool:
         raise TypeError(f"where must be bool; got {_describe(where)}: where != 0 makes it one")
     if _broadcasts(where.shape, batch):
         return jnp.broadcast_to(where, batch)
-    message = (
-        f"where must be broadcastable to shape {batch}, that of {name} {shape} without the class axis; "
-        f"got {where.shape}"
-    )
+    message = f"where must be broadcastable to shape {batch}, that of {origin}; got {where.shape}"
     if where.shape == shape:
         message += f": it says which examples count; to rule out classes, use jnp.where(mask, {name}, -jnp.inf)"
     raise ValueError(message)
@@ -200,12 +211,12 @@ def _check_probabilities(name: str, shape: Shape, batch: Shape, labels: Array, i
         )
 
 
-def _label_shape_message(name: str, shape: Shape, axis: int, batch: Shape, labels: Array) -> str:
+def _label_shape_message(name: str, shape: Shape, axis: int, batch: Shape, labels: Array, origin: str) -> str:
     got = labels.shape
     if batch == ():
         message = f"labels must be a scalar, the class of the one example in {name} of shape {shape}; got {got}"
     else:
-        message = f"labels must have shape {batch}, that of {name} {shape} without the class axis; got {got}"
+        message = f"labels must have shape {batch}, that of {origin}; got {got}"
     others = [a for a in range(len(shape)) if a != axis and shape[:a] + shape[a + 1 :] == got]
     if got == shape or batch == ():
         hint = "labels.argmax() is the index of a one-hot vector, labels.astype(float) are probabilities"
@@ -243,6 +254,44 @@ def sample_weight(value: Array | None, batch: Shape) -> None:
         batch,
         lambda: f"sample_weight must have shape {batch}, one weight an example; got {value.shape}",
     )
+
+
+def projection(
+    hidden: Array, kernel: Array, bias: Array | None, transpose_kernel: bool, num_classes: int | None
+) -> int:
+    """Checks that `hidden @ kernel + bias` is right; how many of its columns are classes."""
+    _assert_float("hidden", hidden)
+    _assert_float("kernel", kernel)
+    if hidden.ndim == 0:
+        raise ValueError("hidden must have a last axis of features; got a scalar")
+    features = hidden.shape[-1]
+    layout = "(C, D) with transpose_kernel=True" if transpose_kernel else "(D, C)"
+    if kernel.ndim != 2:
+        raise ValueError(f"kernel must have two axes, {layout}; got shape {kernel.shape}")
+    rows, columns = kernel.shape[::-1] if transpose_kernel else kernel.shape
+    if rows != features:
+        message = (
+            f"kernel must have shape {layout} with D = {features}, the last axis of hidden {hidden.shape}; "
+            f"got {kernel.shape}"
+        )
+        if columns == features:
+            message += f": it fits with transpose_kernel={not transpose_kernel}"
+        raise ValueError(message)
+    if columns == 0:
+        raise ValueError(f"kernel must have at least one class; got shape {kernel.shape}")
+    if bias is not None:
+        _assert_float("bias", bias)
+        _assert_shape(
+            bias, (columns,), lambda: f"bias must have shape ({columns},), one entry a class; got {bias.shape}"
+        )
+    if num_classes is not None and not 1 <= num_classes <= columns:
+        raise ValueError(f"num_classes must be from 1 to {columns}, the classes of kernel; got {num_classes}")
+    return columns if num_classes is None else num_classes
+
+
+def chunk_size(value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None; got {value}")
 
 
 def class_mask(where: Array | None, shape: Shape) -> Array | None:

@@ -14,7 +14,6 @@ from jaxce._softmax_stats import Stats, Target, is_index
 class Options(NamedTuple):
     """The options that compose a loss from its numbers; None where an option is off."""
 
-    weight: Array | None = None
     label_smoothing: Array | None = None
     z_loss: Array | None = None
 

@@ -19,12 +19,16 @@ Reduction: TypeAlias = Literal["none", "mean", "sum"]
 class LossStats(NamedTuple):
     """What a training loop logs, without gradient. An array that isn't read costs nothing under `jax.jit`.
 
+    `(predicted == labels).sum() / weight_sum` is the accuracy and `nll.sum() / weight_sum` the mean where no weights are
+    given; with weights, `weight_sum` isn't the number of examples. To join the stats of batches, `np.hstack` each field.
+
     Attributes:
       nll: negative log-likelihood of each example in nats, without weights, smoothing and z-loss; batch shape,
         float32 (float64 for float64 logits), 0 where the example is left out.
       log_z: logarithm of the sum of the exponentials of each example's logits; like `nll`.
       entropy: entropy of the softmax of each example in nats; like `nll`.
-      predicted: index of the largest logit of each example; batch shape, int32.
+      predicted: index of the largest logit of each example, also where it is left out: compare with `==`, which a label
+        that is ignored never is. Batch shape, int32.
       weight_sum: what the mean divides by, the total weight of the examples left in; a scalar.
     """
 
@@ -152,7 +156,7 @@ def nll_loss(
         _checks.as_optional_array("where", where),
         axis=_checks.integer("axis", axis),
         ignore_index=_checks.integer("ignore_index", ignore_index),
-        reduction=_checks.reduction(reduction),
+        reduction=_checks.choice("reduction", reduction, _checks.REDUCTIONS),
     )
 
 
@@ -288,7 +292,7 @@ def cross_entropy(
         _checks.logit_softcap(logit_softcap),
         axis=_checks.integer("axis", axis),
         ignore_index=_checks.integer("ignore_index", ignore_index),
-        reduction=_checks.reduction(reduction),
+        reduction=_checks.choice("reduction", reduction, _checks.REDUCTIONS),
         return_stats=_checks.flag("return_stats", return_stats),
     )
 
@@ -320,7 +324,7 @@ def _cross_entropy(
     class_weight = weight if smooth or not is_index(targets) else None
     stats = stats_over_batch(logits, targets, class_weight, logit_softcap, live, smooth=smooth)
     weights = example_weights(targets, live, sample_weight, weight, stats.nll)
-    losses = example_losses(stats, weights, num_classes, Options(weight, label_smoothing, z_loss))
+    losses = example_losses(stats, weights, num_classes, Options(label_smoothing, z_loss))
     loss = reduce_losses(losses, weights, reduction)
     if not return_stats:
         return loss

@@ -36,10 +36,7 @@ class Stats(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over some of the classes, taken relative to `maximum`; 0 where they weren't asked for.
-
-    Over all of the classes they are NaN where every class is impossible.
-    """
+    """Sums over some of the classes, taken relative to `maximum`; 0 where they weren't asked for."""
 
     maximum: Array
     exp: Array  # Σ exp(x - maximum)
@@ -196,7 +193,7 @@ def merge(parts: Sums) -> Sums:
 
     return Sums(
         maximum=maximum,
-        exp=jnp.where(maximum == -jnp.inf, jnp.nan, exp),
+        exp=exp,
         exp_x=(scale * (parts.exp_x + rise * parts.exp)).sum(0),
         label_logit=parts.label_logit.sum(0),
         target=mass_sums(parts.target),
@@ -206,7 +203,7 @@ def merge(parts: Sums) -> Sums:
 
 def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:
     """The numbers of the example, and what their gradient needs; a negative index is a bad label and gives NaN."""
-    log_sum = jnp.log(sums.exp)
+    log_sum = jnp.where(sums.maximum == -jnp.inf, jnp.nan, jnp.log(sums.exp))
     if is_index(target):
         mass = jnp.where(target >= 0, jnp.ones_like(log_sum), jnp.nan)
         nll = mass * (log_sum - (sums.label_logit - sums.maximum))
@@ -385,7 +382,7 @@ def row_sums(logits: Array, target: Target, weight: Array | None, softcap: Array
                 split_row(logits, slabs),
                 target if rows else split_row(target, slabs),
                 None if weight is None else split_row(weight, slabs),
-                jnp.arange(slabs) * (logits.shape[0] // slabs),
+                jnp.arange(slabs, dtype=jnp.int32) * (logits.shape[0] // slabs),
             )
         )
 

@@ -1,0 +1,726 @@
+"""`linear_cross_entropy`: the output projection and the loss in one, without the logits of all tokens at a time.
+
+N tokens, D features, C classes. Two loops compute the same numbers:
+
+    over tokens   a chunk of tokens against all classes; `fused_loss` also has the gradients of the chunk there and
+                  then, since a mean or a sum gives every token a cotangent that is known: three matmuls in all
+    over classes  all tokens against a slab of classes; the backward pass makes each slab's logits again: four matmuls
+                  in all, and no array larger than N×slab, N×D or the gradients themselves
+
+A loop runs over whole chunks and then, outside of it, over what is left, so that nothing is padded or counted twice.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+from jax.typing import ArrayLike
+
+from jaxce import _checks
+from jaxce._compose import ExampleWeights, Options, divide, example_losses, example_weights, reduce_losses
+from jaxce._losses import LossStats, Reduction
+from jaxce._softmax_stats import (
+    Cotangents,
+    Normalizer,
+    Stats,
+    Sums,
+    compute_dtype,
+    is_index,
+    keep,
+    merge,
+    partial_gradients,
+    partial_sums,
+    read_stats,
+    row_sums,
+)
+
+Loop: TypeAlias = Literal["tokens", "classes"]
+Strategy: TypeAlias = Literal["auto", "tokens", "classes"]
+
+
+class Config(NamedTuple):
+    """What is known when the function is traced."""
+
+    loop: Loop
+    chunk_size: int  # tokens or classes at a time
+    num_classes: int  # columns of the kernel beyond these are padding
+    transpose_kernel: bool
+    precision: lax.PrecisionLike
+    smooth: bool
+
+
+class Inputs(NamedTuple):
+    """The arrays that the numbers of the tokens are made of."""
+
+    hidden: Array  # (N, D)
+    kernel: Array  # (D, C), or (C, D) with transpose_kernel
+    bias: Array | None  # (C,)
+    targets: Array  # (N,) class indices, or (N, num_classes) probabilities
+    class_weight: Array | None  # (num_classes,)
+    softcap: Array | None
+    live: Array | None  # (N,)
+
+
+class Projection(NamedTuple):
+    """The matmuls, with the kernel's layout and precision in one place. All accumulate in float32 (or float64)."""
+
+    config: Config
+
+    @property
+    def class_axis(self) -> int:
+        return 0 if self.config.transpose_kernel else 1
+
+    def _dot(self, a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
+        dtype = jnp.promote_types(a.dtype, b.dtype)
+        return lax.dot_general(
+            a.astype(dtype),
+            b.astype(dtype),
+            (((a_axis,), (b_axis,)), ((), ())),
+            precision=self.config.precision,
+            preferred_element_type=compute_dtype(dtype),
+        )
+
+    def logits(self, hidden: Array, kernel: Array, bias: Array | None) -> Array:
+        logits = self._dot(hidden, 1, kernel, 1 - self.class_axis)
+        return logits if bias is None else logits + bias.astype(logits.dtype)
+
+    def hidden_gradient(self, dlogits: Array, kernel: Array) -> Array:
+        return self._dot(dlogits, 1, kernel, self.class_axis)
+
+    def kernel_gradient(self, hidden: Array, dlogits: Array) -> Array:
+        if self.config.transpose_kernel:
+            return self._dot(dlogits, 0, hidden, 0)
+        return self._dot(hidden, 0, dlogits, 0)
+
+
+def tokens_axes(inputs: Inputs) -> Inputs:
+    """Which inputs have an axis of tokens, as `in_axes`."""
+    return Inputs(0, None, None, 0, None, None, None if inputs.live is None else 0)  # type: ignore[arg-type]
+
+
+def take_tokens(tree: Any, start: Array | int, size: int) -> Any:
+    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), tree)
+
+
+def scan_chunks(
+    step: Callable[[Any, Array | int, int], tuple[Any, Any]], carry: Any, length: int, size: int
+) -> tuple[Any, list[Any]]:
+    """`carry, out = step(carry, start, width)` over the whole chunks in a loop, then over the rest.
+
+    Returns the last carry, and the outputs of the chunks, stacked, and of the rest.
+    """
+    size = min(size, length)
+    whole = length // size if size else 0
+    outs = []
+    if whole > 1:
+        carry, out = lax.scan(lambda carry, i: step(carry, i * size, size), carry, jnp.arange(whole, dtype=jnp.int32))
+        outs.append(out)
+    elif whole == 1:
+        carry, out = step(carry, 0, size)
+        outs.append(jax.tree.map(lambda leaf: leaf[None], out))
+    rest = length - whole * size
+    if rest:
+        carry, out = step(carry, whole * size, rest)
+        outs.append(jax.tree.map(lambda leaf: leaf[None], out))
+    return carry, outs
+
+
+def join(outs: list[Any]) -> Any:
+    """The per-token outputs of `scan_chunks`, as arrays over all tokens."""
+    flat = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out) for out in outs]
+    return flat[0] if len(flat) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
+
+
+class Chunk(NamedTuple):
+    """Some tokens against all classes."""
+
+    inputs: Inputs  # of these tokens; hidden is 0 where a token is left out, so that no NaN goes through a matmul
+    logits: Array  # (T, num_classes)
+    stats: Stats
+    normalizer: Normalizer
+    predicted: Array
+
+
+def take_chunk(inputs: Inputs, start: Array | int, size: int) -> Inputs:
+    hidden, targets, live = take_tokens((inputs.hidden, inputs.targets, inputs.live), start, size)
+    return inputs._replace(hidden=drop_dead(hidden, live), targets=targets, live=live)
+
+
+def drop_dead(hidden: Array, live: Array | None) -> Array:
+    return hidden if live is None else jnp.where(live[:, None], hidden, 0)
+
+
+def forward_chunk(config: Config, inputs: Inputs) -> Chunk:
+    """The numbers of the tokens of `inputs`."""
+    logits = Projection(config).logits(inputs.hidden, inputs.kernel, inputs.bias)[:, : config.num_classes]
+    sums = jax.vmap(partial(row_sums, smooth=config.smooth), (0, 0, None, None))(
+        logits, inputs.targets, inputs.class_weight, inputs.softcap
+    )
+    stats, normalizer = jax.vmap(read_stats)(sums, inputs.targets)
+    predicted = jnp.argmax(logits, -1).astype(jnp.int32)
+    return Chunk(inputs, logits, keep(inputs.live, stats), normalizer, predicted)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are wanted; no data to JAX, so that it can stand among residuals."""
+
+    hidden: bool
+    kernel: bool
+    bias: bool
+    targets: bool
+    class_weight: bool
+    softcap: bool
+
+
+class Summed(NamedTuple):
+    """Gradients that are sums over the tokens, in the dtype of computation; None where they aren't wanted."""
+
+    kernel: Array | None
+    bias: Array | None
+    class_weight: Array | None
+    softcap: Array | None
+
+
+class PerToken(NamedTuple):
+    """Gradients with an axis of tokens."""
+
+    hidden: Array | None
+    targets: Array | None
+
+
+def zero_sums(inputs: Inputs, wanted: Wanted, dtype: jnp.dtype) -> Summed:
+    def zeros(like: Array | None, want: bool) -> Array | None:
+        return jnp.zeros(like.shape, dtype) if want and like is not None else None
+
+    return Summed(
+        zeros(inputs.kernel, wanted.kernel),
+        zeros(inputs.bias, wanted.bias),
+        zeros(inputs.class_weight, wanted.class_weight),
+        zeros(inputs.softcap, wanted.softcap),
+    )
+
+
+def logit_gradients(
+    inputs: Inputs,
+    logits: Array,
+    normalizer: Normalizer,
+    cotangents: Cotangents,
+    first_class: Array | int = 0,
+) -> Any:
+    """`partial_gradients` of every token of `inputs`."""
+
+    def one(logits: Array, target: Array, live: Array | None, normalizer: Normalizer, cotangents: Cotangents) -> Any:
+        return partial_gradients(
+            logits,
+            target,
+            inputs.class_weight,
+            inputs.softcap,
+            live,
+            normalizer,
+            cotangents,
+            first_class=first_class,
+        )
+
+    return jax.vmap(one)(logits, inputs.targets, inputs.live, normalizer, cotangents)
+
+
+def backward_chunk(
+    config: Config, wanted: Wanted, chunk: Chunk, cotangents: Cotangents, sums: Summed
+) -> tuple[Summed, PerToken]:
+    """Adds the chunk's share to the summed gradients, and returns those of its tokens."""
+    inputs, project = chunk.inputs, Projection(config)
+    gradients = logit_gradients(inputs, chunk.logits, chunk.normalizer, cotangents)
+    padding = inputs.kernel.shape[project.class_axis] - config.num_classes
+    dlogits = jnp.pad(gradients.logits, ((0, 0), (0, padding)))
+    # In the inputs' dtype, so that the backward matmuls are too.
+    narrow = dlogits.astype(jnp.promote_types(inputs.hidden.dtype, inputs.kernel.dtype))
+
+    def add(total: Array | None, share: Callable[[], Array]) -> Array | None:
+        return None if total is None else total + share()
+
+    summed = Summed(
+        kernel=add(sums.kernel, lambda: project.kernel_gradient(inputs.hidden, narrow)),
+        bias=add(sums.bias, lambda: dlogits.sum(0)),
+        class_weight=add(sums.class_weight, lambda: gradients.weight.sum(0)),
+        softcap=add(sums.softcap, lambda: gradients.softcap.sum(0)),
+    )
+    return summed, PerToken(
+        hidden=keep_rows(inputs.live, project.hidden_gradient(narrow, inputs.kernel)) if wanted.hidden else None,
+        targets=gradients.target if wanted.targets else None,
+    )
+
+
+def keep_rows(live: Array | None, rows: Array) -> Array:
+    """A row of zeros where a token is left out: 0 times a kernel that holds NaN or infinity isn't 0."""
+    return rows if live is None else jnp.where(live[:, None], rows, 0)
+
+
+def primal_values(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+
+
+def wanted_gradients(inputs: Inputs) -> Wanted:
+    """Which inputs are being differentiated, told by `symbolic_zeros`."""
+    flags = (inputs.hidden, inputs.kernel, inputs.bias, inputs.targets, inputs.class_weight, inputs.softcap)
+    return Wanted(*(flag is not None and flag.perturbed for flag in flags))
+
+
+# The numbers of every token, for any reduction and any cotangents: the gradient makes the logits again.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear_stats(config: Config, inputs: Inputs) -> tuple[Stats, Array]:
+    """The numbers of every token, and the class of its largest logit."""
+    stats, _, predicted = forward_stats(config, inputs)
+    return stats, predicted
+
+
+def forward_stats(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Array]:
+    if config.loop == "classes":
+        return forward_over_classes(config, inputs)
+
+    def step(_: None, start: Array | int, size: int) -> tuple[None, Any]:
+        chunk = forward_chunk(config, take_chunk(inputs, start, size))
+        return None, (chunk.stats, chunk.normalizer, chunk.predicted)
+
+    _, outs = scan_chunks(step, None, inputs.hidden.shape[0], config.chunk_size)
+    return join(outs)
+
+
+def _linear_stats_fwd(config: Config, inputs: Any) -> tuple[Any, Any]:
+    wanted = wanted_gradients(inputs)
+    inputs = primal_values(inputs)
+    stats, normalizer, predicted = forward_stats(config, inputs)
+    return (stats, predicted), (inputs, normalizer, wanted)
+
+
+def _linear_stats_bwd(config: Config, residuals: Any, cotangents: Any) -> tuple[Inputs]:
+    inputs, normalizer, wanted = residuals
+    stats, _ = cotangents
+    cotangents = Cotangents(*(None if isinstance(g, SymbolicZero) else g for g in stats))
+    backward = backward_over_classes if config.loop == "classes" else backward_over_tokens
+    sums, per_token = backward(config, wanted, inputs, normalizer, cotangents)
+    return (as_cotangents(inputs, sums, per_token),)
+
+
+def as_cotangents(inputs: Inputs, sums: Summed, per_token: PerToken) -> Inputs:
+    """Each gradient in its input's dtype; the only place where one is rounded."""
+    gradients = Inputs(
+        per_token.hidden, sums.kernel, sums.bias, per_token.targets, sums.class_weight, sums.softcap, None
+    )
+    return Inputs(*(None if g is None else g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)))
+
+
+linear_stats.defvjp(_linear_stats_fwd, _linear_stats_bwd, symbolic_zeros=True)
+
+
+def backward_over_tokens(
+    config: Config, wanted: Wanted, inputs: Inputs, normalizer: Normalizer, cotangents: Cotangents
+) -> tuple[Summed, PerToken]:
+    def step(sums: Summed, start: Array | int, size: int) -> tuple[Summed, PerToken]:
+        part, n, g = take_chunk(inputs, start, size), *take_tokens((normalizer, cotangents), start, size)
+        logits = Projection(config).logits(part.hidden, part.kernel, part.bias)[:, : config.num_classes]
+        chunk = Chunk(part, logits, None, n, None)  # type: ignore[arg-type]
+        return backward_chunk(config, wanted, chunk, g, sums)
+
+    sums = zero_sums(inputs, wanted, normalizer.log_sum.dtype)
+    sums, outs = scan_chunks(step, sums, inputs.hidden.shape[0], config.chunk_size)
+    return sums, join(outs)
+
+
+def take_slab(config: Config, inputs: Inputs, start: Array | int, size: int) -> Inputs:
+    """The inputs as they concern the classes from `start`."""
+
+    def take(array: Array | None, axis: int) -> Array | None:
+        return None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
+
+    return inputs._replace(
+        kernel=take(inputs.kernel, Projection(config).class_axis),
+        bias=take(inputs.bias, 0),
+        targets=inputs.targets if is_index(inputs.targets) else take(inputs.targets, 1),
+        class_weight=take(inputs.class_weight, 0),
+    )
+
+
+def forward_over_classes(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Array]:
+    inputs = inputs._replace(hidden=drop_dead(inputs.hidden, inputs.live))
+    project = Projection(config)
+
+    def slab_sums(start: Array | int, size: int) -> tuple[Sums, Array]:
+        slab = take_slab(config, inputs, start, size)
+        logits = project.logits(slab.hidden, slab.kernel, slab.bias)
+        one = partial(partial_sums, smooth=config.smooth, first_class=start)
+        sums = jax.vmap(one, (0, 0, None, None))(logits, slab.targets, slab.class_weight, slab.softcap)
+        return sums, start + jnp.argmax(logits, -1).astype(jnp.int32)
+
+    def step(carry: tuple[Sums, Array] | None, start: Array | int, size: int) -> tuple[tuple[Sums, Array], None]:
+        part, part_best = slab_sums(start, size)
+        if carry is None:
+            return (part, part_best), None
+        sums, best = carry
+        # The first of equal logits, and NaN above all, as in argmax.
+        ahead = (part.maximum > sums.maximum) | (jnp.isnan(part.maximum) & ~jnp.isnan(sums.maximum))
+        stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), sums, part)
+        return (merge(stacked), jnp.where(ahead, part_best, best)), None
+
+    # The first slab starts the sums, so that merging has no empty sums to know of.
+    size = min(config.chunk_size, config.num_classes)
+    carry, _ = step(None, 0, size)
+
+    def later(carry: Any, start: Array | int, width: int) -> tuple[Any, None]:
+        return step(carry, start + size, width)
+
+    if config.num_classes > size:
+        carry, _ = scan_chunks(later, carry, config.num_classes - size, size)
+    sums, predicted = carry
+    stats, normalizer = jax.vmap(read_stats)(sums, inputs.targets)
+    return keep(inputs.live, stats), normalizer, predicted
+
+
+def backward_over_classes(
+    config: Config, wanted: Wanted, inputs: Inputs, normalizer: Normalizer, cotangents: Cotangents
+) -> tuple[Summed, PerToken]:
+    """Each slab's share of the kernel's gradient is final: it is rounded and written where it belongs."""
+    live = inputs.live
+    inputs = inputs._replace(hidden=drop_dead(inputs.hidden, live))
+    project = Projection(config)
+    dtype = normalizer.log_sum.dtype
+
+    def zeros(like: Array | None, want: bool, dtype: jnp.dtype | None = None) -> Array | None:
+        return jnp.zeros(like.shape, dtype or like.dtype) if want and like is not None else None
+
+    def put(whole: Array | None, part: Callable[[], Array], start: Array | int, axis: int = 0) -> Array | None:
+        if whole is None:
+            return None
+        return lax.dynamic_update_slice_in_dim(whole, part().astype(whole.dtype), start, axis)
+
+    def step(carry: tuple[Summed, PerToken], start: Array | int, size: int) -> tuple[tuple[Summed, PerToken], None]:
+        sums, per_token = carry
+        slab = take_slab(config, inputs, start, size)
+        logits = project.logits(slab.hidden, slab.kernel, slab.bias)
+        gradients = logit_gradients(slab, logits, normalizer, cotangents, start)
+        narrow = gradients.logits.astype(jnp.promote_types(slab.hidden.dtype, slab.kernel.dtype))
+        sums = Summed(
+            kernel=put(sums.kernel, lambda: project.kernel_gradient(slab.hidden, narrow), start, project.class_axis),
+            bias=put(sums.bias, lambda: gradients.logits.sum(0), start),
+            class_weight=put(sums.class_weight, lambda: gradients.weight.sum(0), start),
+            softcap=None if sums.softcap is None else sums.softcap + gradients.softcap.sum(0),
+        )
+        per_token = PerToken(
+            hidden=None
+            if per_token.hidden is None
+            else per_token.hidden + project.hidden_gradient(narrow, slab.kernel),
+            targets=put(per_token.targets, lambda: gradients.target, start, 1),
+        )
+        return (sums, per_token), None
+
+    zero = (
+        Summed(
+            zeros(inputs.kernel, wanted.kernel),
+            zeros(inputs.bias, wanted.bias),
+            zeros(inputs.class_weight, wanted.class_weight),
+            zeros(inputs.softcap, wanted.softcap, dtype),
+        ),
+        PerToken(zeros(inputs.hidden, wanted.hidden, dtype), zeros(inputs.targets, wanted.targets)),
+    )
+    (sums, per_token), _ = scan_chunks(step, zero, config.num_classes, config.chunk_size)
+    if per_token.hidden is not None:
+        per_token = per_token._replace(hidden=keep_rows(live, per_token.hidden))
+    return sums, per_token
+
+
+# The sum of the losses, with the gradients in the forward pass: a sum's cotangent only scales them.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fused_loss(
+    config: Config, inputs: Inputs, weights: ExampleWeights, options: Options
+) -> tuple[Array, tuple[Stats, Array]]:
+    """The sum of the tokens' losses; and `linear_stats`, without gradient."""
+    stats, predicted = linear_stats(config, inputs)
+    return example_losses(stats, weights, config.num_classes, options).sum(), (stats, predicted)
+
+
+def _fused_loss_fwd(config: Config, inputs: Any, weights: Any, options: Any) -> tuple[Any, Any]:
+    wanted = wanted_gradients(inputs)
+    inputs, weights, options = primal_values((inputs, weights, options))
+
+    def step(carry: tuple[Summed, Options], start: Array | int, size: int) -> tuple[Any, Any]:
+        sums, option_sums = carry
+        chunk = forward_chunk(config, take_chunk(inputs, start, size))
+
+        def compose(stats: Stats, weights: ExampleWeights, options: Options) -> Array:
+            return example_losses(stats, weights, config.num_classes, options).sum()
+
+        loss, pull = jax.vjp(compose, chunk.stats, take_tokens(weights, start, size), options)
+        stats, weight_gradients, option_gradients = pull(jnp.ones_like(loss))
+        cotangents = Cotangents(
+            nll=stats.nll,
+            smooth_nll=stats.smooth_nll if config.smooth else None,
+            log_z=None if options.z_loss is None else stats.log_z,
+        )
+        sums, per_token = backward_chunk(config, wanted, chunk, cotangents, sums)
+        option_sums = jax.tree.map(jnp.add, option_sums, option_gradients)
+        return (sums, option_sums), (per_token, weight_gradients, loss[None], chunk.stats, chunk.predicted)
+
+    zero = zero_sums(inputs, wanted, weights.total.dtype), jax.tree.map(jnp.zeros_like, options)
+    (sums, option_sums), outs = scan_chunks(step, zero, inputs.hidden.shape[0], config.chunk_size)
+    per_token, weight_gradients, losses, stats, predicted = join(outs)
+    return (losses.sum(), (stats, predicted)), (inputs, sums, per_token, weight_gradients, option_sums)
+
+
+def _fused_loss_bwd(config: Config, residuals: Any, cotangents: Any) -> tuple[Any, Any, Any]:
+    inputs, *gradients = residuals
+    g, _ = cotangents
+    if isinstance(g, SymbolicZero):
+        g = jnp.zeros(g.shape, g.dtype)
+    sums, per_token, weights, options = jax.tree.map(lambda leaf: g * leaf, gradients)
+    return as_cotangents(inputs, sums, per_token), weights, options
+
+
+fused_loss.defvjp(_fused_loss_fwd, _fused_loss_bwd, symbolic_zeros=True)
+
+
+@overload
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    transpose_kernel: bool = False,
+    num_classes: int | None = None,
+    chunk_size: int | None = None,
+    strategy: Strategy = "auto",
+    precision: lax.PrecisionLike = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    where: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    return_stats: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    transpose_kernel: bool = False,
+    num_classes: int | None = None,
+    chunk_size: int | None = None,
+    strategy: Strategy = "auto",
+    precision: lax.PrecisionLike = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    where: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    return_stats: Literal[True],
+) -> tuple[Array, LossStats]: ...
+
+
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    transpose_kernel: bool = False,
+    num_classes: int | None = None,
+    chunk_size: int | None = None,
+    strategy: Strategy = "auto",
+    precision: lax.PrecisionLike = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    where: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    return_stats: bool = False,
+) -> Array | tuple[Array, LossStats]:
+    r"""Cross-entropy of the logits `hidden @ kernel + bias`, without storing the logits.
+
+    .. math:: \\ell_i = \\log \\sum_c e^{h_i \\cdot k_c + b_c} - (h_i \\cdot k_{y_i} + b_{y_i})
+
+    Equivalent to `cross_entropy(hidden @ kernel + bias, labels)` with float32 accumulation, without storing an array of
+    tokens by classes. After Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*, 2024,
+    arXiv:2411.09009, and Hsu et al., *Liger Kernel*, 2024, arXiv:2410.10989; no gradient is filtered.
+
+    Args:
+      hidden: features of the tokens, floats of shape (..., D).
+      kernel: weights of the output projection, floats of shape (D, C); (C, D) with `transpose_kernel`.
+      labels: class indices, integers of the shape of `hidden` without the last axis; or class probabilities, floats of
+        that shape and a last axis of `num_classes`.
+      bias: added to the logits; shape (C,).
+      transpose_kernel: the kernel is (C, D), as an embedding table or `torch.nn.Linear.weight`.
+      num_classes: how many columns of a padded kernel are real, all by default. The others count for nothing, and their
+        gradient is 0.
+      chunk_size: how many tokens ("tokens") or classes ("classes") are worked on at a time; by default as many as take
+        little memory beside the gradients. It need not divide anything.
+      strategy: "tokens" is the faster where there are many tokens: three matmuls, the gradients made in the forward pass
+        and held in float32. "classes" takes the least memory: four matmuls, each gradient finished as it is made.
+        "auto" takes "classes" for `reduction="none"`, and where float32 copies of the gradients would take more memory
+        than logits in the dtype of the inputs; else "tokens".
+      precision: of the matmuls, as for `jax.lax.dot_general`.
+      weight: weight of each class, shape (num_classes,).
+      sample_weight: weight of each token, of the labels' batch shape.
+      ignore_index: a token with this label is left out; any integer.
+      where: False leaves a token out; bool, broadcastable to the batch shape.
+      label_smoothing: the share, from 0 to 1, of the target that is spread over all classes.
+      z_loss: factor of the squared log Z.
+      logit_softcap: replaces the logits by `cap * tanh(logits / cap)` first.
+      reduction: "none", "sum", or "mean", which divides by the total weight of the tokens left in.
+      return_stats: also return `LossStats`.
+
+    Returns:
+      The loss in nats: a scalar, or of the batch shape for "none"; float32, or float64 for float64 inputs. With
+      `return_stats`, a pair of the loss and `LossStats`.
+
+    Raises:
+      TypeError: an argument has the wrong type or dtype.
+      ValueError: an argument has a wrong shape or value.
+      JaxRuntimeError: under `jax.experimental.checkify`, a label is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxce
+      >>> hidden, kernel = jnp.eye(3), jnp.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+      >>> print(f"{jaxce.linear_cross_entropy(hidden, kernel, [2, 1, 0]):.4f}")
+      1.4076
+    """
+    return _linear_cross_entropy(
+        _checks.as_array("hidden", hidden),
+        _checks.as_array("kernel", kernel),
+        _checks.as_array("labels", labels),
+        _checks.as_optional_array("bias", bias),
+        _checks.as_optional_array("weight", weight),
+        _checks.as_optional_array("sample_weight", sample_weight),
+        _checks.as_optional_array("where", where),
+        _checks.label_smoothing(label_smoothing),
+        _checks.z_loss(z_loss),
+        _checks.logit_softcap(logit_softcap),
+        transpose_kernel=_checks.flag("transpose_kernel", transpose_kernel),
+        num_classes=None if num_classes is None else _checks.integer("num_classes", num_classes),
+        chunk_size=None if chunk_size is None else _checks.integer("chunk_size", chunk_size),
+        strategy=strategy,
+        precision=precision,
+        ignore_index=_checks.integer("ignore_index", ignore_index),
+        reduction=_checks.choice("reduction", reduction, _checks.REDUCTIONS),
+        return_stats=_checks.flag("return_stats", return_stats),
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "transpose_kernel",
+        "num_classes",
+        "chunk_size",
+        "strategy",
+        "precision",
+        "ignore_index",
+        "reduction",
+        "return_stats",
+    ),
+)
+def _linear_cross_entropy(
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    bias: Array | None,
+    weight: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
+    label_smoothing: Array | None,
+    z_loss: Array | None,
+    logit_softcap: Array | None,
+    *,
+    transpose_kernel: bool,
+    num_classes: int | None,
+    chunk_size: int | None,
+    strategy: Strategy,
+    precision: lax.PrecisionLike,
+    ignore_index: int,
+    reduction: str,
+    return_stats: bool,
+) -> Array | tuple[Array, LossStats]:
+    num_classes = _checks.projection(hidden, kernel, bias, transpose_kernel, num_classes)
+    _checks.chunk_size(chunk_size)
+    batch = hidden.shape[:-1]
+    targets, live = _checks.examples(
+        "logits", (*batch, num_classes), len(batch), labels, ignore_index, where, source=f"hidden {hidden.shape}"
+    )
+    _checks.weight(weight, num_classes)
+    _checks.sample_weight(sample_weight, batch)
+
+    def flat(array: Array | None, axes: int = 0) -> Array | None:
+        """One axis of tokens for all batch axes, before `axes` more."""
+        return None if array is None else array.reshape(math.prod(batch), *array.shape[array.ndim - axes :])
+
+    tokens = math.prod(batch)
+    smooth = label_smoothing is not None
+    index = is_index(targets)
+    inputs = Inputs(
+        hidden=flat(hidden, 1),
+        kernel=kernel,
+        bias=bias,
+        targets=flat(targets, 0 if index else 1),
+        class_weight=weight if smooth or not index else None,
+        softcap=logit_softcap,
+        live=flat(live),
+    )
+    dtype = compute_dtype(jnp.promote_types(hidden.dtype, kernel.dtype))
+    weights = example_weights(inputs.targets, inputs.live, flat(sample_weight), weight, jnp.zeros(tokens, dtype))
+    options = Options(label_smoothing, z_loss)
+    if options.label_smoothing is not None:
+        options = options._replace(label_smoothing=jnp.asarray(options.label_smoothing))
+    loop = choose_loop(strategy, inputs, num_classes, reduction)
+    size = chunk_size or default_chunk_size(loop, inputs, num_classes)
+    config = Config(loop, size, num_classes, transpose_kernel, precision, smooth)
+    if loop == "tokens" and reduction != "none":
+        loss, (stats, predicted) = fused_loss(config, inputs, weights, options)
+        if reduction == "mean":
+            loss = divide(loss, weights.total.sum())
+    else:
+        stats, predicted = linear_stats(config, inputs)
+        losses = example_losses(stats, weights, num_classes, options)
+        loss = reduce_losses(losses, weights, reduction)
+    loss = loss.reshape(batch) if reduction == "none" else loss
+    if not return_stats:
+        return loss
+    if inputs.class_weight is not None:
+        stats, _ = linear_stats(config._replace(smooth=False), inputs._replace(class_weight=None))
+    per_token = (stats.nll, stats.log_z, stats.entropy, predicted)
+    read = LossStats(*(array.reshape(batch) for array in per_token), weights.total.sum())
+    return loss, lax.stop_gradient(read)
+
+
+def choose_loop(strategy: Strategy, inputs: Inputs, num_classes: int, reduction: str) -> Loop:
+    strategy = _checks.choice("strategy", strategy, ("auto", "tokens", "classes"))  # type: ignore[assignment]
+    if strategy != "auto":
+        return strategy
+    return "classes" if reduction == "none" else "tokens"
+
+
+def default_chunk_size(loop: Loop, inputs: Inputs, num_classes: int) -> int:
+    return 256 if loop == "tokens" else 1024

@@ -1,0 +1,27 @@
+"""Every script in examples/ runs in its short mode, without a warning, and writes its picture."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+def test_examples_are_found():
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_smoke(script, tmp_path):
+    for module in ("flax", "optax", "sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(module, reason="needs the extra jaxce[examples]")
+    picture = tmp_path / "new_folder" / "picture.png"
+    # A process of its own: the example runs as a user runs it, without the strict settings of conftest.py.
+    done = subprocess.run(
+        [sys.executable, script, "--smoke", "--out", picture], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
