@@ -20,6 +20,7 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 REDUCTIONS = ("none", "mean", "sum")
+STRATEGIES = ("auto", "tokens", "classes")
 DEFAULT_IGNORE_INDEX = -100
 
 Shape = tuple[int, ...]

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
-
 from jax.typing import ArrayLike
 
 from jaxce import _checks
@@ -100,11 +99,6 @@ class Projection(NamedTuple):
         return self._dot(hidden, 0, dlogits, 0)
 
 
-def tokens_axes(inputs: Inputs) -> Inputs:
-    """Which inputs have an axis of tokens, as `in_axes`."""
-    return Inputs(0, None, None, 0, None, None, None if inputs.live is None else 0)  # type: ignore[arg-type]
-
-
 def take_tokens(tree: Any, start: Array | int, size: int) -> Any:
     return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), tree)
 
@@ -138,16 +132,6 @@ def join(outs: list[Any]) -> Any:
     return flat[0] if len(flat) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
 
 
-class Chunk(NamedTuple):
-    """Some tokens against all classes."""
-
-    inputs: Inputs  # of these tokens; hidden is 0 where a token is left out, so that no NaN goes through a matmul
-    logits: Array  # (T, num_classes)
-    stats: Stats
-    normalizer: Normalizer
-    predicted: Array
-
-
 def take_chunk(inputs: Inputs, start: Array | int, size: int) -> Inputs:
     hidden, targets, live = take_tokens((inputs.hidden, inputs.targets, inputs.live), start, size)
     return inputs._replace(hidden=drop_dead(hidden, live), targets=targets, live=live)
@@ -157,15 +141,19 @@ def drop_dead(hidden: Array, live: Array | None) -> Array:
     return hidden if live is None else jnp.where(live[:, None], hidden, 0)
 
 
-def forward_chunk(config: Config, inputs: Inputs) -> Chunk:
-    """The numbers of the tokens of `inputs`."""
-    logits = Projection(config).logits(inputs.hidden, inputs.kernel, inputs.bias)[:, : config.num_classes]
+def chunk_logits(config: Config, inputs: Inputs) -> Array:
+    """The logits of the tokens of `inputs`, without those of padding; (T, num_classes)."""
+    logits = Projection(config).logits(inputs.hidden, inputs.kernel, inputs.bias)
+    return logits[:, : config.num_classes]
+
+
+def forward_chunk(config: Config, inputs: Inputs, logits: Array) -> tuple[Stats, Normalizer, Array]:
+    """The numbers of the tokens of `inputs`, and the class of the largest logit of each."""
     sums = jax.vmap(partial(row_sums, smooth=config.smooth), (0, 0, None, None))(
         logits, inputs.targets, inputs.class_weight, inputs.softcap
     )
     stats, normalizer = jax.vmap(read_stats)(sums, inputs.targets)
-    predicted = jnp.argmax(logits, -1).astype(jnp.int32)
-    return Chunk(inputs, logits, keep(inputs.live, stats), normalizer, predicted)
+    return keep(inputs.live, stats), normalizer, jnp.argmax(logits, -1).astype(jnp.int32)
 
 
 @jax.tree_util.register_static
@@ -234,11 +222,17 @@ def logit_gradients(
 
 
 def backward_chunk(
-    config: Config, wanted: Wanted, chunk: Chunk, cotangents: Cotangents, sums: Summed
+    config: Config,
+    wanted: Wanted,
+    inputs: Inputs,
+    logits: Array,
+    normalizer: Normalizer,
+    cotangents: Cotangents,
+    sums: Summed,
 ) -> tuple[Summed, PerToken]:
     """Adds the chunk's share to the summed gradients, and returns those of its tokens."""
-    inputs, project = chunk.inputs, Projection(config)
-    gradients = logit_gradients(inputs, chunk.logits, chunk.normalizer, cotangents)
+    project = Projection(config)
+    gradients = logit_gradients(inputs, logits, normalizer, cotangents)
     padding = inputs.kernel.shape[project.class_axis] - config.num_classes
     dlogits = jnp.pad(gradients.logits, ((0, 0), (0, padding)))
     # In the inputs' dtype, so that the backward matmuls are too.
@@ -268,7 +262,7 @@ def primal_values(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
 
 
-def wanted_gradients(inputs: Inputs) -> Wanted:
+def wanted_gradients(inputs: Any) -> Wanted:
     """Which inputs are being differentiated, told by `symbolic_zeros`."""
     flags = (inputs.hidden, inputs.kernel, inputs.bias, inputs.targets, inputs.class_weight, inputs.softcap)
     return Wanted(*(flag is not None and flag.perturbed for flag in flags))
@@ -289,8 +283,8 @@ def forward_stats(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Ar
         return forward_over_classes(config, inputs)
 
     def step(_: None, start: Array | int, size: int) -> tuple[None, Any]:
-        chunk = forward_chunk(config, take_chunk(inputs, start, size))
-        return None, (chunk.stats, chunk.normalizer, chunk.predicted)
+        part = take_chunk(inputs, start, size)
+        return None, forward_chunk(config, part, chunk_logits(config, part))
 
     _, outs = scan_chunks(step, None, inputs.hidden.shape[0], config.chunk_size)
     return join(outs)
@@ -312,12 +306,10 @@ def _linear_stats_bwd(config: Config, residuals: Any, cotangents: Any) -> tuple[
     return (as_cotangents(inputs, sums, per_token),)
 
 
-def as_cotangents(inputs: Inputs, sums: Summed, per_token: PerToken) -> Inputs:
-    """Each gradient in its input's dtype; the only place where one is rounded."""
-    gradients = Inputs(
-        per_token.hidden, sums.kernel, sums.bias, per_token.targets, sums.class_weight, sums.softcap, None
-    )
-    return Inputs(*(None if g is None else g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)))
+def as_cotangents(inputs: Inputs, sums: Summed, per_token: PerToken) -> Any:
+    """Each gradient in its input's dtype, as a cotangent of `inputs`; the only place where a sum is rounded."""
+    gradients = (per_token.hidden, sums.kernel, sums.bias, per_token.targets, sums.class_weight, sums.softcap, None)
+    return Inputs(*(g if g is None else g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)))  # type: ignore[arg-type, union-attr]
 
 
 linear_stats.defvjp(_linear_stats_fwd, _linear_stats_bwd, symbolic_zeros=True)
@@ -327,10 +319,10 @@ def backward_over_tokens(
     config: Config, wanted: Wanted, inputs: Inputs, normalizer: Normalizer, cotangents: Cotangents
 ) -> tuple[Summed, PerToken]:
     def step(sums: Summed, start: Array | int, size: int) -> tuple[Summed, PerToken]:
-        part, n, g = take_chunk(inputs, start, size), *take_tokens((normalizer, cotangents), start, size)
-        logits = Projection(config).logits(part.hidden, part.kernel, part.bias)[:, : config.num_classes]
-        chunk = Chunk(part, logits, None, n, None)  # type: ignore[arg-type]
-        return backward_chunk(config, wanted, chunk, g, sums)
+        part = take_chunk(inputs, start, size)
+        logits = chunk_logits(config, part)
+        part_normalizer, part_cotangents = take_tokens((normalizer, cotangents), start, size)
+        return backward_chunk(config, wanted, part, logits, part_normalizer, part_cotangents, sums)
 
     sums = zero_sums(inputs, wanted, normalizer.log_sum.dtype)
     sums, outs = scan_chunks(step, sums, inputs.hidden.shape[0], config.chunk_size)
@@ -340,14 +332,16 @@ def backward_over_tokens(
 def take_slab(config: Config, inputs: Inputs, start: Array | int, size: int) -> Inputs:
     """The inputs as they concern the classes from `start`."""
 
-    def take(array: Array | None, axis: int) -> Array | None:
-        return None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
+    def take(array: Array | None) -> Array | None:
+        return None if array is None else lax.dynamic_slice_in_dim(array, start, size)
 
     return inputs._replace(
-        kernel=take(inputs.kernel, Projection(config).class_axis),
-        bias=take(inputs.bias, 0),
-        targets=inputs.targets if is_index(inputs.targets) else take(inputs.targets, 1),
-        class_weight=take(inputs.class_weight, 0),
+        kernel=lax.dynamic_slice_in_dim(inputs.kernel, start, size, Projection(config).class_axis),
+        bias=take(inputs.bias),
+        targets=(
+            inputs.targets if is_index(inputs.targets) else lax.dynamic_slice_in_dim(inputs.targets, start, size, 1)
+        ),
+        class_weight=take(inputs.class_weight),
     )
 
 
@@ -456,21 +450,23 @@ def _fused_loss_fwd(config: Config, inputs: Any, weights: Any, options: Any) -> 
 
     def step(carry: tuple[Summed, Options], start: Array | int, size: int) -> tuple[Any, Any]:
         sums, option_sums = carry
-        chunk = forward_chunk(config, take_chunk(inputs, start, size))
+        part = take_chunk(inputs, start, size)
+        logits = chunk_logits(config, part)
+        stats, normalizer, predicted = forward_chunk(config, part, logits)
 
         def compose(stats: Stats, weights: ExampleWeights, options: Options) -> Array:
             return example_losses(stats, weights, config.num_classes, options).sum()
 
-        loss, pull = jax.vjp(compose, chunk.stats, take_tokens(weights, start, size), options)
-        stats, weight_gradients, option_gradients = pull(jnp.ones_like(loss))
+        loss, pull = jax.vjp(compose, stats, take_tokens(weights, start, size), options)
+        of_stats, weight_gradients, option_gradients = pull(jnp.ones_like(loss))
         cotangents = Cotangents(
-            nll=stats.nll,
-            smooth_nll=stats.smooth_nll if config.smooth else None,
-            log_z=None if options.z_loss is None else stats.log_z,
+            nll=of_stats.nll,
+            smooth_nll=of_stats.smooth_nll if config.smooth else None,
+            log_z=None if options.z_loss is None else of_stats.log_z,
         )
-        sums, per_token = backward_chunk(config, wanted, chunk, cotangents, sums)
+        sums, per_token = backward_chunk(config, wanted, part, logits, normalizer, cotangents, sums)
         option_sums = jax.tree.map(jnp.add, option_sums, option_gradients)
-        return (sums, option_sums), (per_token, weight_gradients, loss[None], chunk.stats, chunk.predicted)
+        return (sums, option_sums), (per_token, weight_gradients, loss[None], stats, predicted)
 
     zero = zero_sums(inputs, wanted, weights.total.dtype), jax.tree.map(jnp.zeros_like, options)
     (sums, option_sums), outs = scan_chunks(step, zero, inputs.hidden.shape[0], config.chunk_size)
@@ -578,10 +574,11 @@ def linear_cross_entropy(
         gradient is 0.
       chunk_size: how many tokens ("tokens") or classes ("classes") are worked on at a time; by default as many as take
         little memory beside the gradients. It need not divide anything.
-      strategy: "tokens" is the faster where there are many tokens: three matmuls, the gradients made in the forward pass
-        and held in float32. "classes" takes the least memory: four matmuls, each gradient finished as it is made.
-        "auto" takes "classes" for `reduction="none"`, and where float32 copies of the gradients would take more memory
-        than logits in the dtype of the inputs; else "tokens".
+      strategy: "tokens" is a loop over tokens with three matmuls: the gradients are made in the forward pass and held
+        in float32. "classes" is a loop over classes with four matmuls, each of which finishes a part of a gradient: it
+        takes the least memory. "auto" picks "tokens" on GPU and TPU where N tokens are many for D features, 16·D at
+        most N times the bytes of an entry of `hidden`: there it is faster, and its float32 gradients are small beside
+        the logits. Else, and for `reduction="none"`, it picks "classes".
       precision: of the matmuls, as for `jax.lax.dot_general`.
       weight: weight of each class, shape (num_classes,).
       sample_weight: weight of each token, of the labels' batch shape.
@@ -622,7 +619,7 @@ def linear_cross_entropy(
         transpose_kernel=_checks.flag("transpose_kernel", transpose_kernel),
         num_classes=None if num_classes is None else _checks.integer("num_classes", num_classes),
         chunk_size=None if chunk_size is None else _checks.integer("chunk_size", chunk_size),
-        strategy=strategy,
+        strategy=_checks.choice("strategy", strategy, _checks.STRATEGIES),
         precision=precision,
         ignore_index=_checks.integer("ignore_index", ignore_index),
         reduction=_checks.choice("reduction", reduction, _checks.REDUCTIONS),
@@ -673,29 +670,24 @@ def _linear_cross_entropy(
     _checks.weight(weight, num_classes)
     _checks.sample_weight(sample_weight, batch)
 
-    def flat(array: Array | None, axes: int = 0) -> Array | None:
-        """One axis of tokens for all batch axes, before `axes` more."""
-        return None if array is None else array.reshape(math.prod(batch), *array.shape[array.ndim - axes :])
-
     tokens = math.prod(batch)
     smooth = label_smoothing is not None
     index = is_index(targets)
     inputs = Inputs(
-        hidden=flat(hidden, 1),
+        hidden=hidden.reshape(tokens, -1),
         kernel=kernel,
         bias=bias,
-        targets=flat(targets, 0 if index else 1),
+        targets=targets.reshape(tokens) if index else targets.reshape(tokens, -1),
         class_weight=weight if smooth or not index else None,
         softcap=logit_softcap,
-        live=flat(live),
+        live=None if live is None else live.reshape(tokens),
     )
     dtype = compute_dtype(jnp.promote_types(hidden.dtype, kernel.dtype))
-    weights = example_weights(inputs.targets, inputs.live, flat(sample_weight), weight, jnp.zeros(tokens, dtype))
+    sample_weight = None if sample_weight is None else sample_weight.reshape(tokens)
+    weights = example_weights(inputs.targets, inputs.live, sample_weight, weight, jnp.zeros(tokens, dtype))
     options = Options(label_smoothing, z_loss)
-    if options.label_smoothing is not None:
-        options = options._replace(label_smoothing=jnp.asarray(options.label_smoothing))
-    loop = choose_loop(strategy, inputs, num_classes, reduction)
-    size = chunk_size or default_chunk_size(loop, inputs, num_classes)
+    loop = choose_loop(strategy, inputs, reduction)
+    size = chunk_size or default_chunk_size(loop, inputs)
     config = Config(loop, size, num_classes, transpose_kernel, precision, smooth)
     if loop == "tokens" and reduction != "none":
         loss, (stats, predicted) = fused_loss(config, inputs, weights, options)
@@ -711,16 +703,32 @@ def _linear_cross_entropy(
     if inputs.class_weight is not None:
         stats, _ = linear_stats(config._replace(smooth=False), inputs._replace(class_weight=None))
     per_token = (stats.nll, stats.log_z, stats.entropy, predicted)
-    read = LossStats(*(array.reshape(batch) for array in per_token), weights.total.sum())
-    return loss, lax.stop_gradient(read)
+    nll, log_z, entropy, predicted = (array.reshape(batch) for array in per_token)
+    return loss, lax.stop_gradient(LossStats(nll, log_z, entropy, predicted, weights.total.sum()))
 
 
-def choose_loop(strategy: Strategy, inputs: Inputs, num_classes: int, reduction: str) -> Loop:
-    strategy = _checks.choice("strategy", strategy, ("auto", "tokens", "classes"))  # type: ignore[assignment]
+def choose_loop(strategy: Strategy, inputs: Inputs, reduction: str) -> Loop:
+    """The loop for "auto": see the docstring of `linear_cross_entropy`, and docs/linear.md for what was measured."""
     if strategy != "auto":
         return strategy
-    return "classes" if reduction == "none" else "tokens"
+    tokens, features = inputs.hidden.shape
+    # On a CPU a slab's logits stay in the cache, which makes up for the fourth matmul.
+    many_tokens = 16 * features <= tokens * inputs.hidden.dtype.itemsize and jax.default_backend() != "cpu"
+    return "tokens" if many_tokens and reduction != "none" else "classes"
 
 
-def default_chunk_size(loop: Loop, inputs: Inputs, num_classes: int) -> int:
-    return 256 if loop == "tokens" else 1024
+def default_chunk_size(loop: Loop, inputs: Inputs) -> int:
+    """Powers of two, which divide most numbers of tokens, so that there is seldom a rest to compile."""
+    tokens, features = inputs.hidden.shape
+    if loop == "classes":
+        # A slab's logits are at most 8 million entries, and at most 1,024 wide: wider is no faster.
+        return min(1024, max(256, power_of_two(2**23 // max(tokens, 1))))
+    # Each chunk reads and writes the float32 gradient of the kernel, which takes about as long as the matmuls of a few
+    # hundred tokens; so a chunk may take as much memory as that gradient, and a quarter more.
+    itemsize = jnp.promote_types(inputs.hidden.dtype, inputs.kernel.dtype).itemsize
+    return max(128, power_of_two(5 * features // (4 + itemsize)))
+
+
+def power_of_two(bound: int) -> int:
+    """The largest power of two that is at most `bound`, or 1."""
+    return 1 << max(bound.bit_length() - 1, 0)

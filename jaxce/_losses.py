@@ -19,8 +19,8 @@ Reduction: TypeAlias = Literal["none", "mean", "sum"]
 class LossStats(NamedTuple):
     """What a training loop logs, without gradient. An array that isn't read costs nothing under `jax.jit`.
 
-    `(predicted == labels).sum() / weight_sum` is the accuracy and `nll.sum() / weight_sum` the mean where no weights are
-    given; with weights, `weight_sum` isn't the number of examples. To join the stats of batches, `np.hstack` each field.
+    Without weights, `(predicted == labels).sum() / weight_sum` is the accuracy and `nll.sum() / weight_sum` the mean;
+    with weights, `weight_sum` isn't the number of examples. To join the stats of batches, `np.hstack` each field.
 
     Attributes:
       nll: negative log-likelihood of each example in nats, without weights, smoothing and z-loss; batch shape,
