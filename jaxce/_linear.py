@@ -23,7 +23,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxce import _checks
-from jaxce._compose import ExampleWeights, Options, divide, example_losses, example_weights, reduce_losses
+from jaxce._compose import ExampleWeights, Options, divide, example_losses, example_weights
 from jaxce._losses import LossStats, Reduction
 from jaxce._softmax_stats import (
     Cotangents,
@@ -48,7 +48,8 @@ class Config(NamedTuple):
     """What is known when the function is traced."""
 
     loop: Loop
-    chunk_size: int  # tokens or classes at a time
+    either_loop: bool  # the other loop may be taken where fewer gradients are wanted
+    chunk_size: int | None  # tokens or classes at a time
     num_classes: int  # columns of the kernel beyond these are padding
     transpose_kernel: bool
     precision: lax.PrecisionLike
@@ -286,7 +287,7 @@ def forward_stats(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Ar
         part = take_chunk(inputs, start, size)
         return None, forward_chunk(config, part, chunk_logits(config, part))
 
-    _, outs = scan_chunks(step, None, inputs.hidden.shape[0], config.chunk_size)
+    _, outs = scan_chunks(step, None, inputs.hidden.shape[0], chunk_size(config, inputs))
     return join(outs)
 
 
@@ -325,7 +326,7 @@ def backward_over_tokens(
         return backward_chunk(config, wanted, part, logits, part_normalizer, part_cotangents, sums)
 
     sums = zero_sums(inputs, wanted, normalizer.log_sum.dtype)
-    sums, outs = scan_chunks(step, sums, inputs.hidden.shape[0], config.chunk_size)
+    sums, outs = scan_chunks(step, sums, inputs.hidden.shape[0], chunk_size(config, inputs))
     return sums, join(outs)
 
 
@@ -367,7 +368,7 @@ def forward_over_classes(config: Config, inputs: Inputs) -> tuple[Stats, Normali
         return (merge(stacked), jnp.where(ahead, part_best, best)), None
 
     # The first slab starts the sums, so that merging has no empty sums to know of.
-    size = min(config.chunk_size, config.num_classes)
+    size = min(chunk_size(config, inputs), config.num_classes)
     carry, _ = step(None, 0, size)
 
     def later(carry: Any, start: Array | int, width: int) -> tuple[Any, None]:
@@ -426,64 +427,96 @@ def backward_over_classes(
         ),
         PerToken(zeros(inputs.hidden, wanted.hidden, dtype), zeros(inputs.targets, wanted.targets)),
     )
-    (sums, per_token), _ = scan_chunks(step, zero, config.num_classes, config.chunk_size)
+    (sums, per_token), _ = scan_chunks(step, zero, config.num_classes, chunk_size(config, inputs))
     if per_token.hidden is not None:
         per_token = per_token._replace(hidden=keep_rows(live, per_token.hidden))
     return sums, per_token
 
 
-# The sum of the losses, with the gradients in the forward pass: a sum's cotangent only scales them.
+# The sum of the losses. Its cotangent only scales the gradients, so that the loop over tokens can make them in the
+# forward pass.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fused_loss(
+def summed_loss(
     config: Config, inputs: Inputs, weights: ExampleWeights, options: Options
 ) -> tuple[Array, tuple[Stats, Array]]:
-    """The sum of the tokens' losses; and `linear_stats`, without gradient."""
-    stats, predicted = linear_stats(config, inputs)
-    return example_losses(stats, weights, config.num_classes, options).sum(), (stats, predicted)
+    """The sum of the tokens' losses; and what `linear_stats` returns, without gradient."""
+    stats, _, predicted = forward_stats(config, inputs)
+    return compose(config, stats, weights, options), (stats, predicted)
 
 
-def _fused_loss_fwd(config: Config, inputs: Any, weights: Any, options: Any) -> tuple[Any, Any]:
+def compose(config: Config, stats: Stats, weights: ExampleWeights, options: Options) -> Array:
+    return example_losses(stats, weights, config.num_classes, options).sum()
+
+
+def compose_gradients(
+    config: Config, stats: Stats, weights: ExampleWeights, options: Options
+) -> tuple[Array, Cotangents, ExampleWeights, Options]:
+    """The sum of the losses, and its gradients; what no option needs is None."""
+    loss, pull = jax.vjp(partial(compose, config), stats, weights, options)
+    of_stats, of_weights, of_options = pull(jnp.ones_like(loss))
+    cotangents = Cotangents(
+        nll=of_stats.nll,
+        smooth_nll=of_stats.smooth_nll if config.smooth else None,
+        log_z=None if options.z_loss is None else of_stats.log_z,
+    )
+    return loss, cotangents, of_weights, of_options
+
+
+def _summed_loss_fwd(config: Config, inputs: Any, weights: Any, options: Any) -> tuple[Any, Any]:
     wanted = wanted_gradients(inputs)
     inputs, weights, options = primal_values((inputs, weights, options))
+    # With the kernel or the hidden states frozen, two matmuls do over tokens, and three over classes.
+    if config.either_loop and not (wanted.kernel and wanted.hidden):
+        config = config._replace(loop="tokens")
+    if config.loop == "tokens":
+        out, gradients = forward_and_backward_over_tokens(config, wanted, inputs, weights, options)
+        return out, (inputs, gradients, None)
+    stats, normalizer, predicted = forward_stats(config, inputs)
+    out = compose(config, stats, weights, options), (stats, predicted)
+    return out, (inputs, None, (wanted, normalizer, stats, weights, options))
+
+
+def _summed_loss_bwd(config: Config, residuals: Any, cotangents: Any) -> tuple[Any, Any, Any]:
+    inputs, gradients, unfinished = residuals
+    g, _ = cotangents
+    if isinstance(g, SymbolicZero):
+        g = jnp.zeros(g.shape, g.dtype)
+    if gradients is not None:
+        sums, per_token, weights, options = jax.tree.map(lambda leaf: g * leaf, gradients)
+        return as_cotangents(inputs, sums, per_token), weights, options
+    wanted, normalizer, stats, weights, options = unfinished
+    _, *gradients = compose_gradients(config, stats, weights, options)
+    of_stats, weights, options = jax.tree.map(lambda leaf: g * leaf, tuple(gradients))
+    sums, per_token = backward_over_classes(config, wanted, inputs, normalizer, of_stats)
+    return as_cotangents(inputs, sums, per_token), weights, options
+
+
+summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd, symbolic_zeros=True)
+
+
+def forward_and_backward_over_tokens(
+    config: Config, wanted: Wanted, inputs: Inputs, weights: ExampleWeights, options: Options
+) -> tuple[tuple[Array, tuple[Stats, Array]], tuple[Summed, PerToken, ExampleWeights, Options]]:
+    """`summed_loss`, and its gradients."""
 
     def step(carry: tuple[Summed, Options], start: Array | int, size: int) -> tuple[Any, Any]:
         sums, option_sums = carry
         part = take_chunk(inputs, start, size)
         logits = chunk_logits(config, part)
         stats, normalizer, predicted = forward_chunk(config, part, logits)
-
-        def compose(stats: Stats, weights: ExampleWeights, options: Options) -> Array:
-            return example_losses(stats, weights, config.num_classes, options).sum()
-
-        loss, pull = jax.vjp(compose, stats, take_tokens(weights, start, size), options)
-        of_stats, weight_gradients, option_gradients = pull(jnp.ones_like(loss))
-        cotangents = Cotangents(
-            nll=of_stats.nll,
-            smooth_nll=of_stats.smooth_nll if config.smooth else None,
-            log_z=None if options.z_loss is None else of_stats.log_z,
+        loss, cotangents, of_weights, of_options = compose_gradients(
+            config, stats, take_tokens(weights, start, size), options
         )
         sums, per_token = backward_chunk(config, wanted, part, logits, normalizer, cotangents, sums)
-        option_sums = jax.tree.map(jnp.add, option_sums, option_gradients)
-        return (sums, option_sums), (per_token, weight_gradients, loss[None], stats, predicted)
+        option_sums = jax.tree.map(jnp.add, option_sums, of_options)
+        return (sums, option_sums), (per_token, of_weights, loss[None], stats, predicted)
 
     zero = zero_sums(inputs, wanted, weights.total.dtype), jax.tree.map(jnp.zeros_like, options)
-    (sums, option_sums), outs = scan_chunks(step, zero, inputs.hidden.shape[0], config.chunk_size)
-    per_token, weight_gradients, losses, stats, predicted = join(outs)
-    return (losses.sum(), (stats, predicted)), (inputs, sums, per_token, weight_gradients, option_sums)
-
-
-def _fused_loss_bwd(config: Config, residuals: Any, cotangents: Any) -> tuple[Any, Any, Any]:
-    inputs, *gradients = residuals
-    g, _ = cotangents
-    if isinstance(g, SymbolicZero):
-        g = jnp.zeros(g.shape, g.dtype)
-    sums, per_token, weights, options = jax.tree.map(lambda leaf: g * leaf, gradients)
-    return as_cotangents(inputs, sums, per_token), weights, options
-
-
-fused_loss.defvjp(_fused_loss_fwd, _fused_loss_bwd, symbolic_zeros=True)
+    (sums, option_sums), outs = scan_chunks(step, zero, inputs.hidden.shape[0], chunk_size(config, inputs))
+    per_token, of_weights, losses, stats, predicted = join(outs)
+    return (losses.sum(), (stats, predicted)), (sums, per_token, of_weights, option_sums)
 
 
 @overload
@@ -687,17 +720,14 @@ def _linear_cross_entropy(
     weights = example_weights(inputs.targets, inputs.live, sample_weight, weight, jnp.zeros(tokens, dtype))
     options = Options(label_smoothing, z_loss)
     loop = choose_loop(strategy, inputs, reduction)
-    size = chunk_size or default_chunk_size(loop, inputs)
-    config = Config(loop, size, num_classes, transpose_kernel, precision, smooth)
-    if loop == "tokens" and reduction != "none":
-        loss, (stats, predicted) = fused_loss(config, inputs, weights, options)
+    config = Config(loop, strategy == "auto", chunk_size, num_classes, transpose_kernel, precision, smooth)
+    if reduction == "none":
+        stats, predicted = linear_stats(config, inputs)
+        loss = example_losses(stats, weights, num_classes, options).reshape(batch)
+    else:
+        loss, (stats, predicted) = summed_loss(config, inputs, weights, options)
         if reduction == "mean":
             loss = divide(loss, weights.total.sum())
-    else:
-        stats, predicted = linear_stats(config, inputs)
-        losses = example_losses(stats, weights, num_classes, options)
-        loss = reduce_losses(losses, weights, reduction)
-    loss = loss.reshape(batch) if reduction == "none" else loss
     if not return_stats:
         return loss
     if inputs.class_weight is not None:
@@ -717,10 +747,12 @@ def choose_loop(strategy: Strategy, inputs: Inputs, reduction: str) -> Loop:
     return "tokens" if many_tokens and reduction != "none" else "classes"
 
 
-def default_chunk_size(loop: Loop, inputs: Inputs) -> int:
-    """Powers of two, which divide most numbers of tokens, so that there is seldom a rest to compile."""
+def chunk_size(config: Config, inputs: Inputs) -> int:
+    """The one asked for; or a power of two, which divides most numbers of tokens, so that there is seldom a rest."""
+    if config.chunk_size is not None:
+        return config.chunk_size
     tokens, features = inputs.hidden.shape
-    if loop == "classes":
+    if config.loop == "classes":
         # A slab's logits are at most 8 million entries, and at most 1,024 wide: wider is no faster.
         return min(1024, max(256, power_of_two(2**23 // max(tokens, 1))))
     # Each chunk reads and writes the float32 gradient of the kernel, which takes about as long as the matmuls of a few
