@@ -68,6 +68,13 @@ class Inputs(NamedTuple):
     live: Array | None  # (N,)
 
 
+def matmul_dtype(a: Array, b: Array) -> jnp.dtype:
+    """The operands' own dtype; of two different ones, the wider dtype of computation."""
+    if a.dtype == b.dtype:
+        return a.dtype
+    return max(compute_dtype(a.dtype), compute_dtype(b.dtype), key=lambda dtype: dtype.itemsize)
+
+
 class Projection(NamedTuple):
     """The matmuls, with the kernel's layout and precision in one place. All accumulate in float32 (or float64)."""
 
@@ -78,7 +85,7 @@ class Projection(NamedTuple):
         return 0 if self.config.transpose_kernel else 1
 
     def _dot(self, a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
-        dtype = jnp.promote_types(a.dtype, b.dtype)
+        dtype = matmul_dtype(a, b)
         return lax.dot_general(
             a.astype(dtype),
             b.astype(dtype),
@@ -237,7 +244,7 @@ def backward_chunk(
     padding = inputs.kernel.shape[project.class_axis] - config.num_classes
     dlogits = jnp.pad(gradients.logits, ((0, 0), (0, padding)))
     # In the inputs' dtype, so that the backward matmuls are too.
-    narrow = dlogits.astype(jnp.promote_types(inputs.hidden.dtype, inputs.kernel.dtype))
+    narrow = dlogits.astype(matmul_dtype(inputs.hidden, inputs.kernel))
 
     def add(total: Array | None, share: Callable[[], Array]) -> Array | None:
         return None if total is None else total + share()
@@ -403,7 +410,7 @@ def backward_over_classes(
         slab = take_slab(config, inputs, start, size)
         logits = project.logits(slab.hidden, slab.kernel, slab.bias)
         gradients = logit_gradients(slab, logits, normalizer, cotangents, start)
-        narrow = gradients.logits.astype(jnp.promote_types(slab.hidden.dtype, slab.kernel.dtype))
+        narrow = gradients.logits.astype(matmul_dtype(slab.hidden, slab.kernel))
         sums = Summed(
             kernel=put(sums.kernel, lambda: project.kernel_gradient(slab.hidden, narrow), start, project.class_axis),
             bias=put(sums.bias, lambda: gradients.logits.sum(0), start),
@@ -715,7 +722,7 @@ def _linear_cross_entropy(
         softcap=logit_softcap,
         live=None if live is None else live.reshape(tokens),
     )
-    dtype = compute_dtype(jnp.promote_types(hidden.dtype, kernel.dtype))
+    dtype = compute_dtype(matmul_dtype(hidden, kernel))
     sample_weight = None if sample_weight is None else sample_weight.reshape(tokens)
     weights = example_weights(inputs.targets, inputs.live, sample_weight, weight, jnp.zeros(tokens, dtype))
     options = Options(label_smoothing, z_loss)
@@ -757,7 +764,7 @@ def chunk_size(config: Config, inputs: Inputs) -> int:
         return min(1024, max(256, power_of_two(2**23 // max(tokens, 1))))
     # Each chunk reads and writes the float32 gradient of the kernel, which takes about as long as the matmuls of a few
     # hundred tokens; so a chunk may take as much memory as that gradient, and a quarter more.
-    itemsize = jnp.promote_types(inputs.hidden.dtype, inputs.kernel.dtype).itemsize
+    itemsize = matmul_dtype(inputs.hidden, inputs.kernel).itemsize
     return max(128, power_of_two(5 * features // (4 + itemsize)))
 
 

@@ -12,6 +12,7 @@ by `read_stats`, so that a whole row, a row in slabs, a loop over slabs of a ker
 the same code. `x - m` is taken before anything is summed: `log_z - x_y` would lose three digits at an offset of 1e5.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -59,7 +60,7 @@ class Normalizer(NamedTuple):
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """float32 for 16-bit inputs, else the input's own."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
 
 
 def is_index(target: Target) -> bool:
@@ -81,6 +82,13 @@ def distance(x: Array, maximum: Array, mass: Array | float) -> Array:
     return jnp.where((x == -jnp.inf) & (mass == 0), 0, maximum - x)
 
 
+def on_cpu(cpu: Callable[..., Tree], default: Callable[..., Tree], x: Array, *args: Any) -> Tree:
+    """`cpu(x, *args)` in what is compiled for a CPU, unless `x` is on a mesh; else `default(x, *args)`."""
+    if not jax.typeof(x).sharding.mesh.empty:
+        return default(x, *args)
+    return lax.platform_dependent(x, *args, cpu=cpu, default=default)
+
+
 @jax.custom_jvp
 def pick(x: Array, index: Array) -> Array:
     """`x[index]`, 0 where `index` is outside of `x`."""
@@ -93,9 +101,8 @@ def pick(x: Array, index: Array) -> Array:
     def compare(x: Array, index: Array) -> Array:
         return jnp.where(is_class(index, x.shape[0]), x, 0).sum()
 
-    # A gather is a serial read on TPU and is not split over a sharded class axis; on a CPU the comparison is one
-    # more pass over the row.
-    return lax.platform_dependent(x, index, cpu=gather, default=compare)
+    # A gather is a serial read on TPU, and isn't split over a mesh; on a CPU the comparison is one more pass.
+    return on_cpu(gather, compare, x, index)
 
 
 @pick.defjvp
@@ -137,7 +144,7 @@ def anchor(maximum: Array) -> Array:
 
 def partial_sums(
     logits: Array,
-    target: Target,
+    target: Target | None,
     weight: Array | None,
     softcap: Array | None,
     *,
@@ -146,7 +153,7 @@ def partial_sums(
 ) -> Sums:
     """The sums over the classes whose logits, target and weight these are.
 
-    `first_class` is the index of the first of them, None where they are all there is: a part may be all -inf without
+    Without a target, its sums are 0. `first_class` is the index of the first of them, None where they are all there is: a part may be all -inf without
     harm, a whole row may not, and without the care for it XLA:CPU fuses the maximum with the sum.
     """
     x = cap_logits(logits, softcap)
@@ -160,7 +167,9 @@ def partial_sums(
     exp = jnp.exp(shifted)
     zero = jnp.zeros((), x.dtype)
     label_logit, target_sums, smooth_sums = zero, (zero, zero), (zero, zero)
-    if is_index(target):
+    if target is None:
+        pass
+    elif is_index(target):
         index = target if first_class is None else target - first_class
         label_logit = cap_logits(pick(logits, index), softcap)
     else:
@@ -331,7 +340,7 @@ def subtract_at(x: Array, index: Array, value: Array, *, in_place: bool = True) 
 
     if not in_place or classes <= _SHORT_ROW:
         return compare(x, index, value)
-    return lax.platform_dependent(x, index, value, cpu=scatter, default=compare)
+    return on_cpu(scatter, compare, x, index, value)
 
 
 # The longest row that XLA:CPU reduces in one go; above it, its maximum and its sum of exponentials are several times
@@ -370,23 +379,22 @@ def row_sums(logits: Array, target: Target, weight: Array | None, softcap: Array
     if slabs == 1:
         return whole(logits, target, weight, softcap)
 
-    rows = is_index(target)
-    in_axes = (0, None if rows else 0, None if weight is None else 0, 0)
-
     def in_slabs(logits: Array, target: Target, weight: Array | None, softcap: Array | None) -> Sums:
-        def slab_sums(logits: Array, target: Target, weight: Array | None, first_class: Array) -> Sums:
+        def slab_sums(logits: Array, target: Target | None, weight: Array | None, first_class: Array) -> Sums:
             return whole(logits, target, weight, softcap, first_class=first_class)
 
-        return merge(
-            jax.vmap(slab_sums, in_axes)(
+        index = is_index(target)
+        sums = merge(
+            jax.vmap(slab_sums, (0, None if index else 0, None if weight is None else 0, 0))(
                 split_row(logits, slabs),
-                target if rows else split_row(target, slabs),
+                None if index else split_row(target, slabs),
                 None if weight is None else split_row(weight, slabs),
                 jnp.arange(slabs, dtype=jnp.int32) * (logits.shape[0] // slabs),
             )
         )
+        return sums._replace(label_logit=cap_logits(pick(logits, target), softcap)) if index else sums
 
-    return lax.platform_dependent(logits, target, weight, softcap, cpu=in_slabs, default=whole)
+    return on_cpu(in_slabs, whole, logits, target, weight, softcap)
 
 
 def keep(live: Array | None, tree: Tree) -> Tree:
@@ -435,17 +443,19 @@ softmax_stats.defvjp(_softmax_stats_fwd, _softmax_stats_bwd, symbolic_zeros=True
 @jax.custom_vjp
 def negative_log_prob(log_probs: Array, target: Target, weight: Array | None, live: Array | None) -> Array:
     """`-log_probs[y]`, or `-Σ t·log_probs` for class probabilities, of one example; 0 where it is left out."""
-    lp = cap_logits(log_probs, None)
-    if is_index(target):
-        return keep(live, jnp.where(target >= 0, -cap_logits(pick(log_probs, target), None), jnp.nan))
-    mass = target_mass(target, weight, lp.dtype)
-    return keep(live, (mass * distance(lp, jnp.zeros_like(lp), mass)).sum())
+    return _negative_log_prob_fwd(log_probs, target, weight, live)[0]
 
 
 def _negative_log_prob_fwd(
     log_probs: Array, target: Target, weight: Array | None, live: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    return negative_log_prob(log_probs, target, weight, live), (log_probs, target, weight, live)
+    lp = cap_logits(log_probs, None)
+    if is_index(target):
+        nll = jnp.where(target >= 0, -cap_logits(pick(log_probs, target), None), jnp.nan)
+    else:
+        mass = target_mass(target, weight, lp.dtype)
+        nll = (mass * distance(lp, jnp.zeros_like(lp), mass)).sum()
+    return keep(live, nll), (log_probs, target, weight, live)
 
 
 def _negative_log_prob_bwd(residuals: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
@@ -469,22 +479,22 @@ negative_log_prob.defvjp(_negative_log_prob_fwd, _negative_log_prob_bwd)
 @jax.custom_vjp
 def log_probs(logits: Array, where: Array | None) -> Array:
     """`log_softmax` of one row; -inf for the classes that `where` leaves out."""
-    x = logits if where is None else jnp.where(where, logits, -jnp.inf)
-    sums = row_sums(x, jnp.zeros((), jnp.int32), None, None, smooth=False)
-    _, normalizer = read_stats(sums, jnp.zeros((), jnp.int32))
-    out = (cap_logits(x, None) - normalizer.maximum) - normalizer.log_sum
-    return out if where is None else jnp.where(where, out, -jnp.inf)
+    return _log_probs_fwd(logits, where)[0]
 
 
 def _log_probs_fwd(logits: Array, where: Array | None) -> tuple[Array, tuple[Array, Array]]:
-    out = log_probs(logits, where)
+    x = logits if where is None else jnp.where(where, logits, -jnp.inf)
+    no_label = jnp.zeros((), jnp.int32)
+    _, normalizer = read_stats(row_sums(x, no_label, None, None, smooth=False), no_label)
+    out = (cap_logits(x, None) - normalizer.maximum) - normalizer.log_sum
+    if where is not None:
+        out = jnp.where(where, out, -jnp.inf)
     return out, (out, jnp.zeros((), logits.dtype))
 
 
 def _log_probs_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
     out, like = residuals
-    possible = out != -jnp.inf
-    g = jnp.where(possible, g, 0)
+    g = jnp.where(out == -jnp.inf, 0, g)
     return (g - jnp.exp(out) * g.sum()).astype(like.dtype), None
 
 

@@ -91,7 +91,7 @@ def _weight(x: Array, weight: ArrayLike | None) -> Array:
 
 def _dot(q: ArrayLike, log_p: Array) -> Array:
     q = jnp.asarray(q)
-    return (q * jnp.where(q == 0, 0, log_p)).sum(-1)
+    return (q * jnp.where((q == 0) & (log_p == -jnp.inf), 0, log_p)).sum(-1)
 
 
 def _reduce(
