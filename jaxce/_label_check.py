@@ -49,7 +49,7 @@ def _checkify(*args: Any, num_classes: int) -> tuple[Any, Array]:
             f"labels must be from 0 to {num_classes - 1}, or ignore_index; got {{label}} with {num_classes} classes",
             label=jnp.where(fine, jnp.iinfo(labels.dtype).min, labels).max(),
         )
-        error = checkify.assert_func(*context, error, ~fine.all(), found)
+        error = checkify.assert_func(*context, error, ~fine.all(), found)  # type: ignore[call-arg]
     return error, labels
 
 

@@ -128,7 +128,7 @@ def scan_chunks(
         carry, out = step(carry, 0, size)
         outs.append(jax.tree.map(lambda leaf: leaf[None], out))
     rest = length - whole * size
-    if rest:
+    if rest or not whole:
         carry, out = step(carry, whole * size, rest)
         outs.append(jax.tree.map(lambda leaf: leaf[None], out))
     return carry, outs
@@ -136,7 +136,9 @@ def scan_chunks(
 
 def join(outs: list[Any]) -> Any:
     """The per-token outputs of `scan_chunks`, as arrays over all tokens."""
-    flat = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out) for out in outs]
+    flat = [
+        jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), out) for out in outs
+    ]
     return flat[0] if len(flat) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
 
 
@@ -714,10 +716,10 @@ def _linear_cross_entropy(
     smooth = label_smoothing is not None
     index = is_index(targets)
     inputs = Inputs(
-        hidden=hidden.reshape(tokens, -1),
+        hidden=hidden.reshape(tokens, hidden.shape[-1]),
         kernel=kernel,
         bias=bias,
-        targets=targets.reshape(tokens) if index else targets.reshape(tokens, -1),
+        targets=targets.reshape(tokens) if index else targets.reshape(tokens, num_classes),
         class_weight=weight if smooth or not index else None,
         softcap=logit_softcap,
         live=None if live is None else live.reshape(tokens),

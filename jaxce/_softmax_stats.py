@@ -153,8 +153,9 @@ def partial_sums(
 ) -> Sums:
     """The sums over the classes whose logits, target and weight these are.
 
-    Without a target, its sums are 0. `first_class` is the index of the first of them, None where they are all there is: a part may be all -inf without
-    harm, a whole row may not, and without the care for it XLA:CPU fuses the maximum with the sum.
+    Without a target, its sums are 0. `first_class` is the index of the first of them, None where they are all there
+    is: a part may be all -inf without harm, a whole row may not, and without the care for it XLA:CPU fuses the maximum
+    with the sum.
     """
     x = cap_logits(logits, softcap)
     if softcap is None:
@@ -269,14 +270,14 @@ def partial_gradients(
 
     d nll = p·Σt - t,  d smooth_nll = p·Σw - w,  d log_z = p,  d entropy = -p·(log p + entropy).
     """
-    # Behind the barrier, XLA doesn't keep arrays of the logits' size from the forward pass for this one.
-    logits, maximum, log_sum = lax.optimization_barrier((logits, normalizer.maximum, normalizer.log_sum))
+    logits, maximum = apart(logits, normalizer.maximum)
     x, pull_softcap = jax.vjp(cap_logits, logits, softcap)
     g = cotangents
-    log_p = (x - maximum) - log_sum
-    p = jnp.exp(log_p)
+    # As in `partial_sums`, so that XLA:CPU can take it over from there.
+    exp = jnp.exp(x - maximum)
+    per_exp = jnp.exp(-normalizer.log_sum)
     # -log p where it multiplies a weight, which an impossible class has none of.
-    nll = jnp.where(x == -jnp.inf, 0, -log_p)
+    nll = jnp.where(x == -jnp.inf, 0, normalizer.log_sum - (x - maximum))
     factor = jnp.zeros((), x.dtype)
     if g.log_z is not None:
         factor += g.log_z
@@ -284,11 +285,11 @@ def partial_gradients(
         factor += g.nll * normalizer.target_mass
     if g.smooth_nll is not None:
         factor += g.smooth_nll * normalizer.smooth_mass
-    dx = factor * p
+    dx = (factor * per_exp) * exp
     dtarget = None if is_index(target) else jnp.zeros_like(x)
     dweight = None if weight is None else jnp.zeros_like(x)
     if g.entropy is not None:
-        dx -= g.entropy * p * (normalizer.entropy - nll)
+        dx -= g.entropy * (per_exp * exp) * (normalizer.entropy - nll)
     if g.smooth_nll is not None:
         dx -= g.smooth_nll * smooth_mass(x, weight)
         if dweight is not None:
@@ -309,6 +310,21 @@ def partial_gradients(
         return Gradients(dx, dtarget, dweight, None)
     dx, dsoftcap = keep(live, pull_softcap(dx))
     return Gradients(dx, dtarget, dweight, dsoftcap)
+
+
+def apart(logits: Array, maximum: Array) -> tuple[Array, Array]:
+    """The same, behind a barrier: XLA keeps no array of the logits' size from the forward pass for the backward pass.
+
+    Except on a CPU where the gradient, of 32 bits or more, has the room for one: there exponentials cost more.
+    """
+
+    def kept(logits: Array, maximum: Array) -> tuple[Array, Array]:
+        return logits, maximum
+
+    def parted(logits: Array, maximum: Array) -> tuple[Array, Array]:
+        return lax.optimization_barrier((logits, maximum))
+
+    return on_cpu(kept if logits.dtype.itemsize > 2 else parted, parted, logits, maximum)
 
 
 # Up to this many classes, XLA:CPU vectorizes differently: over rows and classes in one (benchmarks/cross_entropy.py).

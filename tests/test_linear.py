@@ -1,0 +1,427 @@
+"""`linear_cross_entropy`: the same numbers as `cross_entropy` of the logits, without the logits."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_trees_close, distributions, indices, normal, positive
+from jax.experimental import checkify
+from jax.extend.core import jaxprs_in_params
+
+import jaxce
+
+N, D, C = 12, 5, 17
+LOOPS = ["tokens", "classes"]
+# 7 divides neither N nor C; 1 is the smallest and 40 is more than there is.
+CHUNKS = [1, 7, N, 40]
+
+
+def problem(dtype=np.float64, classes=C):
+    return {
+        "hidden": normal((N, D), 0, dtype),
+        "kernel": normal((D, classes), 1, dtype) / 2,
+        "bias": normal((classes,), 2, dtype),
+    }
+
+
+LABELS = indices((N,), C, 3).at[4].set(-100)
+OPTIONS = {
+    "plain": {},
+    "weight": {"weight": positive((C,), 5)},
+    "smoothing": {"label_smoothing": 0.1},
+    "all": {
+        "weight": positive((C,), 5),
+        "sample_weight": positive((N,), 6),
+        "where": jnp.arange(N) != 2,
+        "label_smoothing": 0.2,
+        "z_loss": 0.03,
+        "logit_softcap": 3.0,
+    },
+}
+
+
+def dense(hidden, kernel, labels, *, bias=None, **options):
+    logits = hidden @ kernel
+    return jaxce.cross_entropy(logits if bias is None else logits + bias, labels, **options)
+
+
+def gradients(loss, arrays, labels, **options):
+    """The loss, and its gradients in every float input, weighted at random where it is one per token."""
+    floats = {name: value for name, value in options.items() if isinstance(value, jax.Array) and value.dtype != bool}
+    rest = {name: value for name, value in options.items() if name not in floats}
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        floats["labels"] = labels
+    else:
+        rest["labels"] = labels
+    value, pull = jax.vjp(lambda inputs: loss(**inputs, **rest), {**arrays, **floats})
+    # Cotangents that differ from token to token, some of them 0.
+    return value, pull(jnp.where(positive(value.shape, 7) < 0.5, 0, normal(value.shape, 8)).astype(value.dtype))[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "reduction"),
+    [("plain", "mean"), ("weight", "mean"), ("smoothing", "none"), ("all", "mean"), ("all", "sum"), ("all", "none")],
+)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_equals_cross_entropy_of_the_logits(loop, options, reduction, x64):
+    arrays, options = problem(), {**OPTIONS[options], "reduction": reduction}
+    options = {k: v.astype(jnp.float64) if hasattr(v, "dtype") and v.dtype != bool else v for k, v in options.items()}
+    want = gradients(dense, arrays, LABELS, **options)
+    for chunk in CHUNKS:
+        got = gradients(
+            jaxce.linear_cross_entropy, arrays, LABELS, strategy=loop, chunk_size=chunk, precision="highest", **options
+        )
+        assert_trees_close(got, want, 1e-11)
+
+
+@pytest.mark.parametrize(("loop", "reduction"), list(itertools.product(LOOPS, ["mean", "none"])))
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_probabilities(loop, reduction, smoothing, x64):
+    labels, weight = distributions((N, C), dtype=np.float64), positive((C,), 5, np.float64)
+    options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+    want = gradients(dense, problem(), labels, **options)
+    for chunk in (7, 40):
+        got = gradients(jaxce.linear_cross_entropy, problem(), labels, strategy=loop, chunk_size=chunk, **options)
+        assert_trees_close(got, want, 1e-11)
+
+
+@pytest.mark.parametrize("loop", ["auto", *LOOPS])
+def test_transposed_kernel_and_any_batch_axes(loop, x64):
+    arrays = problem()
+    batched = {**arrays, "hidden": arrays["hidden"].reshape(3, 4, D), "kernel": arrays["kernel"].T}
+    loss = jaxce.linear_cross_entropy(
+        **batched, labels=LABELS.reshape(3, 4), strategy=loop, transpose_kernel=True, reduction="none"
+    )
+    assert_close(loss, dense(**arrays, labels=LABELS, reduction="none").reshape(3, 4))
+    gradient = jax.grad(
+        lambda a: jaxce.linear_cross_entropy(
+            **a, labels=LABELS.reshape(3, 4), strategy=loop, chunk_size=7, transpose_kernel=True
+        )
+    )(batched)
+    want = jax.grad(lambda a: dense(**a, labels=LABELS))(arrays)
+    assert_close(gradient["kernel"], want["kernel"].T)
+    assert_close(gradient["hidden"], want["hidden"].reshape(3, 4, D))
+    one = jaxce.linear_cross_entropy(
+        arrays["hidden"][0], arrays["kernel"], LABELS[0], bias=arrays["bias"], strategy=loop
+    )
+    assert_close(one, dense(arrays["hidden"][0], arrays["kernel"], LABELS[0], bias=arrays["bias"]))
+
+
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_padding_counts_for_nothing(loop, options, x64):
+    """Columns beyond `num_classes` could hold anything: the loss doesn't see them, and their gradient is 0."""
+    real, options = problem(), OPTIONS[options]
+    options = {k: v.astype(jnp.float64) if hasattr(v, "dtype") and v.dtype != bool else v for k, v in options.items()}
+    padded = {
+        "hidden": real["hidden"],
+        "kernel": jnp.pad(real["kernel"], ((0, 0), (0, 3)), constant_values=50.0),
+        "bias": jnp.pad(real["bias"], (0, 3), constant_values=50.0),
+    }
+    want, want_grads = gradients(dense, real, LABELS, **options)
+    for chunk in (7, 40):
+        got, grads = gradients(
+            jaxce.linear_cross_entropy, padded, LABELS, num_classes=C, strategy=loop, chunk_size=chunk, **options
+        )
+        assert_close(got, want)
+        assert not grads["kernel"][:, C:].any()
+        assert not grads["bias"][C:].any()
+        cut = {**grads, "kernel": grads["kernel"][:, :C], "bias": grads["bias"][:C]}
+        assert_trees_close(cut, want_grads, 1e-11)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_is_left_out_reaches_no_gradient(loop, reduction):
+    arrays = problem(np.float32)
+    dirty = {**arrays, "hidden": arrays["hidden"].at[4].set(jnp.nan).at[2].set(jnp.inf)}
+    kept = jnp.array([i for i in range(N) if i not in (2, 4)])
+    options = {"where": jnp.arange(N) != 2, "strategy": loop, "chunk_size": 5, "reduction": "sum"}
+
+    def loss(a, labels, **options):
+        out = jaxce.linear_cross_entropy(**a, labels=labels, **options)
+        return out.sum()
+
+    grads = jax.grad(loss)(dirty, LABELS, **{**options, "reduction": "sum" if reduction == "mean" else "none"})
+    clean = {**arrays, "hidden": arrays["hidden"][kept]}
+    want = jax.grad(loss)(clean, LABELS[kept], strategy=loop, reduction="sum")
+    assert not grads["hidden"][jnp.array([2, 4])].any()
+    assert_close(grads["hidden"][kept], want["hidden"], 1e-5)
+    assert_close(grads["kernel"], want["kernel"], 1e-5)
+    assert_close(grads["bias"], want["bias"], 1e-5)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_nothing_left_in(loop):
+    arrays = problem(np.float32)
+    value, grads = jax.value_and_grad(
+        lambda a: jaxce.linear_cross_entropy(**a, labels=jnp.full(N, -100), strategy=loop, chunk_size=5)
+    )(arrays)
+    assert value == 0
+    assert not any(g.any() for g in jax.tree.leaves(grads))
+    empty = {**arrays, "hidden": jnp.zeros((0, D))}
+    value, grads = jax.value_and_grad(
+        lambda a: jaxce.linear_cross_entropy(**a, labels=jnp.zeros(0, int), strategy=loop)
+    )(empty)
+    assert value == 0
+    assert not any(g.any() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_bad_label_is_nan_in_its_own_row(loop):
+    arrays = problem(np.float32)
+    for bad in (-1, C):
+        loss = jaxce.linear_cross_entropy(
+            **arrays, labels=LABELS.at[1].set(bad), strategy=loop, chunk_size=5, reduction="none"
+        )
+        assert jnp.isnan(loss).tolist() == [i == 1 for i in range(N)]
+    error, _ = checkify.checkify(lambda y: jaxce.linear_cross_entropy(**arrays, labels=y))(LABELS.at[1].set(C))
+    assert f"got {C} with {C} classes" in error.get()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_stats(loop):
+    arrays = problem(np.float32)
+    options = OPTIONS["all"] | {"return_stats": True}
+    loss, got = jaxce.linear_cross_entropy(**arrays, labels=LABELS, strategy=loop, chunk_size=5, **options)
+    want_loss, want = dense(**arrays, labels=LABELS, **options)
+    assert_close(loss, want_loss, 1e-5)
+    live = (LABELS != -100) & OPTIONS["all"]["where"]
+    assert got.predicted[live].tolist() == want.predicted[live].tolist()
+    for name in ("nll", "log_z", "entropy", "weight_sum"):
+        assert_close(getattr(got, name), getattr(want, name), 1e-5)
+    grads = jax.grad(lambda a: jaxce.linear_cross_entropy(**a, labels=LABELS, **options)[1].nll.sum())(arrays)
+    assert not any(g.any() for g in jax.tree.leaves(grads))
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_error_in_16_bits_is_no_larger_than_dense(loop, dtype):
+    """Against the dense loss with float32 logits from the same 16-bit inputs; many chunks must not add to the error."""
+    n, d, c = 512, 16, 96
+    hidden, kernel = normal((n, d), 0).astype(dtype), (normal((d, c), 1) / 4).astype(dtype)
+    labels = indices((n,), c)
+
+    def truth(h, w):
+        return jaxce.reference.cross_entropy(h @ w, labels)
+
+    want, want_grads = jax.value_and_grad(truth, (0, 1))(*(a.astype(jnp.float32) for a in (hidden, kernel)))
+    got, grads = jax.value_and_grad(
+        lambda h, w: jaxce.linear_cross_entropy(h, w, labels, strategy=loop, chunk_size=2), (0, 1)
+    )(hidden, kernel)
+    assert got.dtype == jnp.float32
+    assert_close(got, want, 1e-5)
+    eps = float(jnp.finfo(dtype).eps)
+    for gradient, exact in zip(grads, want_grads, strict=True):
+        assert gradient.dtype == dtype
+        error = jnp.linalg.norm(gradient.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+        assert error < 1.5 * eps
+
+
+def test_mixed_dtypes():
+    arrays = problem(np.float32)
+    mixed = {**arrays, "hidden": arrays["hidden"].astype(jnp.bfloat16)}
+    loss, grads = jax.value_and_grad(lambda a: jaxce.linear_cross_entropy(**a, labels=LABELS))(mixed)
+    want = dense(**{**arrays, "hidden": mixed["hidden"].astype(jnp.float32)}, labels=LABELS)
+    assert_close(loss, want, 1e-5)
+    assert [grads[k].dtype for k in ("hidden", "kernel")] == [jnp.bfloat16, jnp.float32]
+
+
+# What is stored and computed
+
+
+def largest_array(jaxpr):
+    """The most entries of an array in the jaxpr, those of the functions it calls included."""
+    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
+    inner = [largest_array(j) for eqn in jaxpr.eqns for j in jaxprs_in_params(eqn.params)]
+    return max([*sizes, *inner], default=0)
+
+
+def loss_of(loop, chunk=None, **options):
+    def loss(hidden, kernel, labels):
+        return jaxce.linear_cross_entropy(hidden, kernel, labels, strategy=loop, chunk_size=chunk, **options)
+
+    return loss
+
+
+def shapes(n, d, c, dtype=jnp.float32):
+    return [jax.ShapeDtypeStruct(s, t) for s, t in (((n, d), dtype), ((d, c), dtype), ((n,), jnp.int32))]
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 5.0}])
+@pytest.mark.parametrize("derivative", [lambda f: f, lambda f: jax.grad(f, (0, 1))], ids=["loss", "gradient"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_array_of_tokens_by_classes(loop, derivative, options):
+    n, d, c = 4096, 8, 2048
+    jaxpr = jax.make_jaxpr(derivative(loss_of(loop, 64, **options)))(*shapes(n, d, c))
+    assert largest_array(jaxpr.jaxpr) < n * c / 16
+
+
+@pytest.mark.parametrize(
+    ("loop", "wrt", "matmuls"),
+    [
+        ("tokens", None, 1),
+        ("classes", None, 1),
+        ("tokens", (0, 1), 3),
+        ("auto", (0,), 2),
+        ("auto", (1,), 2),
+        ("tokens", (0,), 2),
+        ("tokens", (1,), 2),
+    ],
+)
+def test_matmuls(loop, wrt, matmuls):
+    """The compiler's count of flops; in one chunk, since it counts the body of a loop once."""
+    n, d, c = 256, 256, 256
+    loss = loss_of(loop, 256)
+    compiled = jax.jit(loss if wrt is None else jax.grad(loss, wrt)).lower(*shapes(n, d, c)).compile()
+    flops = compiled.cost_analysis()["flops"] / (2 * n * d * c)
+    assert matmuls <= flops < matmuls + 0.2
+
+
+def dots(compiled):
+    return compiled.as_text().count(" dot(")
+
+
+def test_classes_makes_the_logits_again_in_the_backward_pass():
+    # One dot for the first slab and one in the loop forward; three in the loop backward.
+    assert dots(jax.jit(jax.grad(loss_of("classes", 64), (0, 1))).lower(*shapes(64, 64, 256)).compile()) == 5
+
+
+@pytest.mark.parametrize(("loop", "share"), [("classes", 0.05), ("auto", 0.15)])
+def test_temporary_memory(loop, share):
+    n, d, c = 2048, 256, 32_000
+
+    def temp(loss):
+        return jax.jit(jax.grad(loss, (0, 1))).lower(*shapes(n, d, c)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp(loss_of(loop)) <= share * temp(dense)
+
+
+def test_frozen_kernel_has_no_array_of_its_size():
+    n, d, c = 256, 512, 4096
+    gradient = jax.jit(jax.grad(loss_of("auto", 32), 0)).lower(*shapes(n, d, c)).compile()
+    assert gradient.memory_analysis().temp_size_in_bytes < d * c * 4
+
+
+# Transformations
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_second_derivatives(loop, x64):
+    arrays = problem()
+    direction = jax.tree.map(lambda a: normal(a.shape, 9, np.float64), arrays)
+
+    def product(loss):
+        return jax.jvp(jax.grad(lambda a: loss(**a, labels=LABELS)), (arrays,), (direction,))[1]
+
+    assert_trees_close(
+        product(lambda **a: jaxce.linear_cross_entropy(**a, strategy=loop, chunk_size=5)), product(dense), 1e-10
+    )
+    hidden = arrays["hidden"][:3]
+    hessian = jax.hessian(lambda h: jaxce.linear_cross_entropy(h, arrays["kernel"], LABELS[:3], strategy=loop))(hidden)
+    assert_close(hessian, jax.hessian(lambda h: dense(h, arrays["kernel"], LABELS[:3]))(hidden), 1e-10)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_vmap_over_a_stacked_model(loop):
+    stacked = jax.tree.map(lambda a: jnp.stack([a, -a, a / 2]), problem(np.float32))
+
+    def grads(a):
+        return jax.value_and_grad(
+            lambda a: jaxce.linear_cross_entropy(**a, labels=LABELS, strategy=loop, chunk_size=5)
+        )(a)
+
+    want = [grads(jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(3)]
+    assert_trees_close(jax.vmap(grads)(stacked), jax.tree.map(lambda *a: jnp.stack(a), *want), 1e-5)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_checkpoint_scan_and_export(loop):
+    arrays = problem(np.float32)
+    want = jax.grad(lambda a: dense(**a, labels=LABELS))(arrays)
+
+    def loss(a):
+        return jaxce.linear_cross_entropy(**a, labels=LABELS, strategy=loop, chunk_size=5)
+
+    assert_trees_close(jax.grad(jax.checkpoint(loss))(arrays), want, 1e-5)
+    scanned = jax.grad(lambda a: jax.lax.scan(lambda total, _: (total + loss(a), None), 0.0, None, 2)[0] / 2)
+    assert_trees_close(scanned(arrays), want, 1e-5)
+    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cpu", "cuda", "rocm", "tpu"])(arrays)
+    assert_trees_close(jax.export.deserialize(exported.serialize()).call(arrays), want, 1e-5)
+
+
+# Bad input
+
+
+HIDDEN, KERNEL = jnp.zeros((4, 3)), jnp.zeros((3, 7))
+
+
+@pytest.mark.parametrize("disabled", [False, True], ids=["chex", "chex disabled"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("error", "arguments", "message"),
+    [
+        (
+            ValueError,
+            {"kernel": jnp.zeros((7, 3))},
+            "kernel must have shape (D, C) with D = 3, the last axis of hidden (4, 3); got (7, 3): it fits with "
+            "transpose_kernel=True",
+        ),
+        (
+            ValueError,
+            {"kernel": jnp.zeros((5, 7))},
+            "kernel must have shape (D, C) with D = 3, the last axis of hidden (4, 3); got (5, 7)",
+        ),
+        (
+            ValueError,
+            {"kernel": jnp.zeros((3, 7)), "transpose_kernel": True},
+            "kernel must have shape (C, D) with transpose_kernel=True with D = 3, the last axis of hidden (4, 3); got "
+            "(3, 7): it fits with transpose_kernel=False",
+        ),
+        (ValueError, {"kernel": jnp.zeros(3)}, "kernel must have two axes, (D, C); got shape (3,)"),
+        (ValueError, {"kernel": jnp.zeros((3, 0))}, "kernel must have at least one class; got shape (3, 0)"),
+        (ValueError, {"bias": jnp.zeros(6)}, "bias must have shape (7,), one entry a class; got (6,)"),
+        (ValueError, {"chunk_size": 0}, "chunk_size must be at least 1, or None; got 0"),
+        (
+            ValueError,
+            {"strategy": "token"},
+            "strategy must be one of 'auto', 'tokens' and 'classes'; got 'token': did you mean 'tokens'?",
+        ),
+        (ValueError, {"num_classes": 8}, "num_classes must be from 1 to 7, the classes of kernel; got 8"),
+        (ValueError, {"num_classes": 0}, "num_classes must be from 1 to 7, the classes of kernel; got 0"),
+        (
+            ValueError,
+            {"labels": jnp.zeros((4, 1), int)},
+            "labels must have shape (4,), that of hidden (4, 3) without the last axis; got (4, 1): drop the last axis "
+            "with labels[..., 0]",
+        ),
+        (
+            TypeError,
+            {"kernel": jnp.zeros((3, 7), int)},
+            "kernel must be of a float dtype; got int32 of shape (3, 7): kernel.astype(jnp.float32) makes them one",
+        ),
+        (
+            TypeError,
+            {"hidden": jnp.zeros((4, 3), int)},
+            "hidden must be of a float dtype; got int32 of shape (4, 3): hidden.astype(jnp.float32) makes them one",
+        ),
+    ],
+)
+def test_messages(error, arguments, message, wrap, disabled):
+    arrays = {"hidden": HIDDEN, "kernel": KERNEL, "labels": jnp.zeros(4, int)}
+    static = {k: v for k, v in arguments.items() if not isinstance(v, jax.Array)}
+    arrays |= {k: v for k, v in arguments.items() if isinstance(v, jax.Array)}
+    if disabled:
+        chex.disable_asserts()
+    try:
+        with pytest.raises(error) as raised:
+            wrap(lambda a: jaxce.linear_cross_entropy(**a, **static))(arrays)
+    finally:
+        chex.enable_asserts()
+    assert str(raised.value) == message

@@ -1,0 +1,99 @@
+"""What the package promises of itself: names, imports, memory, and compilations."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import indices, normal
+
+import jaxce
+
+
+def test_public_names():
+    names = {"LossStats", "cross_entropy", "log_softmax", "nll_loss", "reference"}
+    assert names <= set(jaxce.__all__)
+    assert set(jaxce.__all__) <= names | {"linear_cross_entropy"}
+    assert all(hasattr(jaxce, name) for name in jaxce.__all__)
+
+
+def test_import_changes_no_setting_and_starts_no_backend():
+    # A backend of that name can't start, so that anything that computes or compiles fails.
+    program = """
+import jax
+before = dict(jax.config.values)
+import jaxce
+assert dict(jax.config.values) == before
+try:
+    jax.devices()
+except RuntimeError:
+    print("no backend")
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "no_such_platform"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "no backend\n"
+
+
+def compiled(function, shape, dtype):
+    labels = jax.ShapeDtypeStruct(shape[:-1], jnp.int32)
+    return jax.jit(function).lower(jax.ShapeDtypeStruct(shape, dtype), labels).compile()
+
+
+SHORT = [(4096, 1000), (256, 32_000)]
+LONG = [(512, 128_256), (64, 65_537)]
+
+
+@pytest.mark.parametrize("shape", SHORT + LONG)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("derivative", [False, True])
+def test_no_temporary_array_of_the_logits_size(shape, dtype, derivative):
+    function = jax.value_and_grad(jaxce.cross_entropy) if derivative else jaxce.cross_entropy
+    temporaries = compiled(function, shape, dtype).memory_analysis().temp_size_in_bytes
+    assert temporaries <= 0.05 * np.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+OFF = {
+    "weight": None,
+    "sample_weight": None,
+    "where": None,
+    "label_smoothing": 0.0,
+    "z_loss": 0,
+    "logit_softcap": None,
+    "axis": 1,
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.value_and_grad], ids=["loss", "gradient"])
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda x, y: jaxce.cross_entropy(x, y, **OFF),
+        lambda x, y: jaxce.cross_entropy(x, y, return_stats=True)[0],
+    ],
+    ids=["options that are off", "stats that nobody reads"],
+)
+def test_what_is_off_costs_nothing(same, wrap):
+    costs = [compiled(wrap(f), (64, 300), jnp.float32).cost_analysis() for f in (jaxce.cross_entropy, same)]
+    assert costs[0]["flops"] > 0
+    assert costs[0] == costs[1]
+    more = compiled(wrap(lambda x, y: jaxce.cross_entropy(x, y, label_smoothing=0.1)), (64, 300), jnp.float32)
+    assert more.cost_analysis()["flops"] > costs[0]["flops"]
+
+
+def test_new_values_compile_nothing(compilations):
+    logits, labels = np.asarray(normal((3, 11))), np.asarray(indices(3, 11))
+    jaxce.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert compilations, "the counter must see a compilation where there is one"
+    # What turns a list or an array into the loss's own inputs is compiled once as well.
+    jaxce.cross_entropy(logits.tolist(), labels.tolist(), label_smoothing=0.1)
+    jaxce.cross_entropy(jnp.asarray(logits), jnp.asarray(labels), label_smoothing=0.1)
+    count = len(compilations)
+    for smoothing in (0.2, 0.3, np.float64(0.4), np.float32(0.5)):
+        jaxce.cross_entropy(logits + 1, labels[::-1].copy(), label_smoothing=smoothing)
+        jaxce.cross_entropy(logits.tolist(), labels.tolist(), label_smoothing=smoothing)
+        jaxce.cross_entropy(jnp.asarray(logits), jnp.asarray(labels), label_smoothing=smoothing)
+    assert compilations[count:] == []

@@ -1,0 +1,122 @@
+"""Every combination of options against `jaxce.reference`, in float64: values, and gradients in every float input."""
+
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_trees_close, distributions, indices, normal, positive, value_and_grads
+
+import jaxce
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+F64 = np.float64
+SHAPE, BATCH, CLASSES, AXIS = (3, 5, 2), (3, 2), 5, 1
+SWITCHES = ["weight", "sample_weight", "label_smoothing", "z_loss", "logit_softcap"]
+
+
+def float_inputs(probabilities, switched_on):
+    floats = {
+        "weight": positive(CLASSES, 1, F64),
+        "sample_weight": positive(BATCH, 2, F64),
+        "label_smoothing": jnp.asarray(0.3, F64),
+        "z_loss": jnp.asarray(0.1, F64),
+        "logit_softcap": jnp.asarray(1.5, F64),
+    }
+    floats = {name: value for name, value in floats.items() if name in switched_on}
+    if probabilities:
+        # Targets needn't sum to one, and nothing may assume that they do.
+        floats["labels"] = distributions(SHAPE, AXIS, dtype=F64) * positive(SHAPE, 3, F64)
+    return floats
+
+
+def left_out(probabilities):
+    """Options that leave out some of the examples, in every way that applies."""
+    options = {"where": jnp.array([[True], [True], [False]])}
+    return options if probabilities else {**options, "ignore_index": 4}
+
+
+def combinations():
+    """Every set of switches, with indices and with probabilities; masks and reductions take turns among them."""
+    for number, bits in enumerate(product((False, True), repeat=len(SWITCHES))):
+        switched_on = tuple(name for name, on in zip(SWITCHES, bits, strict=True) if on)
+        for probabilities in (False, True):
+            turn = number + 2 * probabilities + sum(bits)
+            yield switched_on, probabilities, turn % 2 == 1, ("none", "sum", "mean")[turn % 3]
+
+
+@pytest.mark.parametrize(("switched_on", "probabilities", "masked", "reduction"), list(combinations()))
+def test_cross_entropy_is_the_textbook_formula(switched_on, probabilities, masked, reduction):
+    floats = {"logits": normal(SHAPE, 0, F64), **float_inputs(probabilities, switched_on)}
+    options = {"axis": AXIS, "reduction": reduction, **(left_out(probabilities) if masked else {})}
+    if not probabilities:
+        options["labels"] = jnp.array([[0, 4], [1, 2], [4, 3]])
+    got = value_and_grads(jaxce.cross_entropy, floats, **options)
+    want = value_and_grads(jaxce.reference.cross_entropy, floats, **options)
+    assert_trees_close(got, want)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("switched_on", [(), ("weight",), ("sample_weight",), ("weight", "sample_weight")])
+def test_nll_loss_is_the_textbook_formula(switched_on, probabilities, masked, reduction):
+    log_probs = jax.nn.log_softmax(normal(SHAPE, 0, F64), AXIS)
+    floats = {"log_probs": log_probs, **float_inputs(probabilities, switched_on)}
+    options = {"axis": AXIS, "reduction": reduction, **(left_out(probabilities) if masked else {})}
+    if not probabilities:
+        options["labels"] = jnp.array([[0, 4], [1, 2], [4, 3]])
+    got = value_and_grads(jaxce.nll_loss, floats, **options)
+    want = value_and_grads(jaxce.reference.nll_loss, floats, **options)
+    assert_trees_close(got, want)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("axis", [-3, -2, -1, 0, 1, 2])
+def test_log_softmax_is_the_textbook_formula(axis, masked):
+    # The third class of every row along every axis that is masked stays in, so that no row is empty.
+    where = jnp.arange(30).reshape(SHAPE) % 3 != 1 if masked else None
+    live = jnp.ones(SHAPE, bool) if where is None else where
+
+    def finite(log_softmax, logits):
+        return jnp.where(live, log_softmax(logits, axis, where=where), 0)
+
+    floats = {"logits": normal(SHAPE, 0, F64)}
+    got = value_and_grads(lambda logits: finite(jaxce.log_softmax, logits), floats)
+    want = value_and_grads(lambda logits: finite(jaxce.reference.log_softmax, logits), floats)
+    assert_trees_close(got, want)
+    if masked:
+        assert np.all(np.asarray(jaxce.log_softmax(floats["logits"], axis, where=where))[~np.asarray(where)] == -np.inf)
+
+
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("axis", [-3, 1, -1])
+def test_the_class_axis_may_be_anywhere(axis, probabilities):
+    batch = SHAPE[: axis % 3] + SHAPE[axis % 3 + 1 :]
+    floats = {
+        "logits": normal(SHAPE, 0, F64),
+        "weight": positive(SHAPE[axis], 1, F64),
+        "sample_weight": positive(batch, 2, F64),
+    }
+    options = {"axis": axis, "where": jnp.ones(batch, bool).at[0, 0].set(False)}
+    if probabilities:
+        floats["labels"] = distributions(SHAPE, axis, dtype=F64)
+    else:
+        options["labels"] = indices(batch, SHAPE[axis])
+    for ours, theirs, name in [
+        (jaxce.cross_entropy, jaxce.reference.cross_entropy, "logits"),
+        (jaxce.nll_loss, jaxce.reference.nll_loss, "log_probs"),
+    ]:
+        named = {name if key == "logits" else key: value for key, value in floats.items()}
+        assert_trees_close(value_and_grads(ours, named, **options), value_and_grads(theirs, named, **options))
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 1, 3, 7)])
+def test_any_number_of_batch_axes(shape):
+    logits, labels = normal(shape, 0, F64), indices(shape[:-1], shape[-1])
+    value, gradient = jax.value_and_grad(jaxce.cross_entropy)(logits, labels, z_loss=0.1)
+    want, want_gradient = jax.value_and_grad(jaxce.reference.cross_entropy)(logits, labels, z_loss=0.1)
+    assert_close(value, want)
+    assert_close(gradient, want_gradient)

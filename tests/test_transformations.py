@@ -1,0 +1,174 @@
+"""JAX's transformations, and meshes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import FLOAT_DTYPES, assert_close, indices, normal
+from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxce
+
+LOGITS, LABELS = normal((4, 6)), indices(4, 6)
+EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 3.0}
+WANT = jax.value_and_grad(jaxce.reference.cross_entropy)(LOGITS, LABELS)
+
+
+def of_logits(loss, **options):
+    return lambda x: loss(x, LABELS, **options)
+
+
+LOSSES = [
+    (of_logits(jaxce.cross_entropy), of_logits(jaxce.reference.cross_entropy)),
+    (of_logits(jaxce.cross_entropy, **EVERYTHING), of_logits(jaxce.reference.cross_entropy, **EVERYTHING)),
+    (
+        lambda x: jaxce.nll_loss(jaxce.log_softmax(x), LABELS),
+        lambda x: jaxce.reference.nll_loss(jaxce.reference.log_softmax(x), LABELS),
+    ),
+    (lambda x: (jaxce.log_softmax(x) ** 2).sum(), lambda x: (jaxce.reference.log_softmax(x) ** 2).sum()),
+]
+every_loss = pytest.mark.parametrize(("ours", "theirs"), LOSSES, ids=["plain", "options", "nll_loss", "log_softmax"])
+
+
+@every_loss
+def test_jit_and_grad(ours, theirs):
+    assert_close(jax.jit(ours)(LOGITS), theirs(LOGITS), 1e-6)
+    assert_close(jax.jit(jax.grad(ours))(LOGITS), jax.grad(theirs)(LOGITS), 1e-5)
+    assert_close(jax.grad(jax.checkpoint(ours))(LOGITS), jax.grad(theirs)(LOGITS), 1e-5)
+
+
+@every_loss
+def test_hessian(ours, theirs):
+    assert_close(jax.hessian(ours)(LOGITS), jax.hessian(theirs)(LOGITS), 1e-5)
+
+
+@every_loss
+def test_hessian_vector_product(ours, theirs):
+    got, want = (jax.jvp(jax.grad(f), (LOGITS,), (normal((4, 6), 1),))[1] for f in (ours, theirs))
+    assert_close(got, want, 1e-5)
+
+
+@every_loss
+def test_reverse_over_reverse(ours, theirs):
+    assert_close(jax.jacrev(jax.jacrev(ours))(LOGITS), jax.hessian(theirs)(LOGITS), 1e-5)
+
+
+def test_jacrev():
+    got, want = (
+        jax.jacrev(of_logits(loss, reduction="none"))(LOGITS)
+        for loss in (jaxce.cross_entropy, jaxce.reference.cross_entropy)
+    )
+    assert_close(got, want, 1e-5)
+
+
+def test_vmap_of_grad_over_every_argument():
+    smoothing = jnp.array([0.01, 0.1, 0.5, 0.9])
+
+    def gradient(loss):
+        return jax.vmap(jax.grad(lambda x, y, e: loss(x, y, label_smoothing=e), (0, 2)))(LOGITS, LABELS, smoothing)
+
+    for got, want in zip(gradient(jaxce.cross_entropy), gradient(jaxce.reference.cross_entropy), strict=True):
+        assert_close(got, want, 1e-5)
+
+
+def test_scan():
+    def step(total, example):
+        return total + jaxce.cross_entropy(*example), None
+
+    def loss(x):
+        return jax.lax.scan(step, jnp.zeros(()), (x, LABELS))[0] / 4
+
+    value, gradient = jax.value_and_grad(loss)(LOGITS)
+    assert_close(value, WANT[0], 1e-6)
+    assert_close(gradient, WANT[1], 1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.grad], ids=["eager", "jit", "grad"])
+@pytest.mark.parametrize("bad", [-1, 6])
+@pytest.mark.parametrize("loss", [jaxce.cross_entropy, jaxce.nll_loss])
+def test_checkify_names_the_label_and_the_number_of_classes(loss, bad, wrap):
+    checked = checkify.checkify(wrap(loss))
+    error, _ = checked(LOGITS, LABELS.at[2].set(bad))
+    message = f"labels must be from 0 to 5, or ignore_index; got {bad} with 6 classes"
+    assert error.get().startswith(message)
+    error, _ = checked(LOGITS, LABELS.at[2].set(-100))
+    assert error.get() is None
+
+
+def test_export_for_every_platform():
+    function = jax.jit(jax.value_and_grad(jaxce.cross_entropy))
+    exported = jax.export.export(function, platforms=("cpu", "cuda", "rocm", "tpu"))(LOGITS, LABELS)
+    value, gradient = exported.call(LOGITS, LABELS)
+    assert_close(value, WANT[0], 1e-6)
+    assert_close(gradient, WANT[1], 1e-5)
+
+
+def test_an_exported_loss_can_be_stored():
+    exported = jax.export.export(jax.jit(jaxce.cross_entropy))(LOGITS, LABELS)
+    assert_close(jax.export.deserialize(exported.serialize()).call(LOGITS, LABELS), WANT[0], 1e-6)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_no_scatter_or_gather_on_an_accelerator(platform):
+    # Both are serial on a TPU, and neither is split over a sharded class axis.
+    exported = jax.export.export(jax.jit(jax.value_and_grad(jaxce.cross_entropy)), platforms=[platform])
+    text = exported(jax.ShapeDtypeStruct((8, 40_000), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)).mlir_module()
+    assert "stablehlo.exponential" in text
+    assert not re.search(r"stablehlo\.\w*(scatter|gather|dynamic_slice)", text)
+
+
+def mesh_of(axis_type):
+    return jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
+
+
+SPECS = pytest.mark.parametrize(
+    ("logits_spec", "labels_spec"), [(P("x"), P("x")), (P(None, "x"), P())], ids=["batch", "classes"]
+)
+WIDE, WIDE_LABELS = normal((8, 16)), indices(8, 16)
+WIDE_WANT = jax.value_and_grad(jaxce.reference.cross_entropy)(WIDE, WIDE_LABELS)
+
+
+def assert_wide(got):
+    assert_close(got[0], WIDE_WANT[0], 1e-6)
+    assert_close(got[1], WIDE_WANT[1], 1e-5)
+
+
+@SPECS
+def test_sharded_arrays_under_jit(logits_spec, labels_spec):
+    mesh = mesh_of(AxisType.Auto)
+    logits = jax.device_put(WIDE, NamedSharding(mesh, logits_spec))
+    labels = jax.device_put(WIDE_LABELS, NamedSharding(mesh, labels_spec))
+    assert_wide(jax.jit(jax.value_and_grad(jaxce.cross_entropy))(logits, labels))
+
+
+@SPECS
+@pytest.mark.parametrize("num_classes", [4096, 65_536])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_sharded_logits_are_not_gathered(dtype, num_classes, logits_spec, labels_spec):
+    mesh = mesh_of(AxisType.Auto)
+    logits = jax.ShapeDtypeStruct((8, num_classes), dtype, sharding=NamedSharding(mesh, logits_spec))
+    labels = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=NamedSharding(mesh, labels_spec))
+    step = jax.jit(jax.value_and_grad(jaxce.cross_entropy), out_shardings=(None, NamedSharding(mesh, logits_spec)))
+    text = step.lower(logits, labels).compile().as_text()
+    assert re.search(r"all-reduce|all-gather", text)  # the mean, or the row's sums, cross the mesh
+    moved = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute|all-reduce)", text)
+    assert all(np.prod([int(n) for n in size.split(",") if n]) <= 64 for size in moved)
+
+
+def test_shard_map():
+    def local(logits, labels):
+        return jax.lax.pmean(jaxce.cross_entropy(logits, labels), "x")
+
+    sharded = jax.shard_map(local, mesh=mesh_of(AxisType.Auto), in_specs=(P("x"), P("x")), out_specs=P())
+    assert_wide(jax.jit(jax.value_and_grad(sharded))(WIDE, WIDE_LABELS))
+
+
+@pytest.mark.parametrize("loss", [jaxce.cross_entropy, jaxce.reference.cross_entropy], ids=["ours", "reference"])
+def test_smoothing_has_its_gradient_at_zero(loss):
+    log_p = jax.nn.log_softmax(LOGITS)
+    want = (jnp.take_along_axis(log_p, LABELS[:, None], -1)[:, 0] - log_p.mean(-1)).mean()
+    assert_close(jax.grad(lambda e: loss(LOGITS, LABELS, label_smoothing=e))(jnp.zeros(())), want, 1e-5)
