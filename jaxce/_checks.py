@@ -43,6 +43,20 @@ def as_array(name: str, value: ArrayLike) -> Array:
     )
 
 
+def as_labels(labels: ArrayLike, ignore_index: int) -> tuple[Array, int]:
+    """Labels, and their `ignore_index`, that `jax.jit` doesn't wrap around when it makes 32 bits of NumPy's 64."""
+    array = as_array("labels", labels)
+    if isinstance(array, jax.Array) or jax.config.jax_enable_x64 or array.dtype.kind not in "iu":
+        return array, ignore_index
+    if array.dtype.itemsize < 8:
+        return array, ignore_index
+    limits = np.iinfo(np.int32)
+    narrow = np.clip(array, limits.min + 1, limits.max).astype(np.int32)
+    if not limits.min < ignore_index <= limits.max:
+        narrow, ignore_index = np.where(array == ignore_index, limits.min, narrow), limits.min
+    return narrow, int(ignore_index)
+
+
 def as_optional_array(name: str, value: ArrayLike | None) -> Array | None:
     return None if value is None else as_array(name, value)
 
@@ -208,6 +222,8 @@ def _label_shape_message(name: str, shape: Shape, axis: int, batch: Shape, label
     else:
         message = f"labels must have shape {batch}, that of {origin}; got {got}"
     others = [a for a in range(len(shape)) if a != axis and shape[:a] + shape[a + 1 :] == got]
+    if batch == () and got == (1,):
+        return f"{message}: labels[0] is the scalar"
     if got == shape or batch == ():
         hint = "labels.argmax() is the index of a one-hot vector, labels.astype(float) are probabilities"
         hint = hint.replace("()", f"({axis})") if batch else hint

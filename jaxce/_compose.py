@@ -5,6 +5,7 @@ Every loss of the package is composed here, on arrays of the batch's shape or of
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -36,7 +37,12 @@ def example_weights(
         return ExampleWeights(sample, sample)
     # A bad label is a negative index here. It counts as one example, whose loss is NaN.
     counted = targets >= 0 if live is None else live & (targets >= 0)
-    of_class = jnp.where(counted, weight.astype(batch.dtype)[jnp.maximum(targets, 0)], 1)
+    # On a mesh the gathered weights lie as the labels do.
+    where = jax.typeof(targets).sharding
+    of_label = (
+        weight.astype(batch.dtype).at[jnp.maximum(targets, 0)].get(out_sharding=None if where.mesh.empty else where)
+    )
+    of_class = jnp.where(counted, of_label, 1)
     return ExampleWeights(sample, sample * of_class)
 
 

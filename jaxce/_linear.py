@@ -647,10 +647,11 @@ def linear_cross_entropy(
       >>> print(f"{jaxce.linear_cross_entropy(hidden, kernel, [2, 1, 0]):.4f}")
       1.4076
     """
+    labels, ignore_index = _checks.as_labels(labels, _checks.integer("ignore_index", ignore_index))
     return _linear_cross_entropy(
         _checks.as_array("hidden", hidden),
         _checks.as_array("kernel", kernel),
-        _checks.as_array("labels", labels),
+        labels,
         _checks.as_optional_array("bias", bias),
         _checks.as_optional_array("weight", weight),
         _checks.as_optional_array("sample_weight", sample_weight),
@@ -663,7 +664,7 @@ def linear_cross_entropy(
         chunk_size=None if chunk_size is None else _checks.integer("chunk_size", chunk_size),
         strategy=_checks.choice("strategy", strategy, _checks.STRATEGIES),
         precision=precision,
-        ignore_index=_checks.integer("ignore_index", ignore_index),
+        ignore_index=ignore_index,
         reduction=_checks.choice("reduction", reduction, _checks.REDUCTIONS),
         return_stats=_checks.flag("return_stats", return_stats),
     )

@@ -148,14 +148,15 @@ def nll_loss(
       >>> print(f"{jaxce.nll_loss(log_probs, [0, 1]):.4f}")
       0.2899
     """
+    labels, ignore_index = _checks.as_labels(labels, _checks.integer("ignore_index", ignore_index))
     return _nll_loss(
         _checks.as_array("log_probs", log_probs),
-        _checks.as_array("labels", labels),
+        labels,
         _checks.as_optional_array("weight", weight),
         _checks.as_optional_array("sample_weight", sample_weight),
         _checks.as_optional_array("where", where),
         axis=_checks.integer("axis", axis),
-        ignore_index=_checks.integer("ignore_index", ignore_index),
+        ignore_index=ignore_index,
         reduction=_checks.choice("reduction", reduction, _checks.REDUCTIONS),
     )
 
@@ -281,9 +282,10 @@ def cross_entropy(
       >>> print(f"{jaxce.cross_entropy(logits, [2, 1, 0]):.4f}")
       1.4076
     """
+    labels, ignore_index = _checks.as_labels(labels, _checks.integer("ignore_index", ignore_index))
     return _cross_entropy(
         _checks.as_array("logits", logits),
-        _checks.as_array("labels", labels),
+        labels,
         _checks.as_optional_array("weight", weight),
         _checks.as_optional_array("sample_weight", sample_weight),
         _checks.as_optional_array("where", where),
@@ -291,7 +293,7 @@ def cross_entropy(
         _checks.z_loss(z_loss),
         _checks.logit_softcap(logit_softcap),
         axis=_checks.integer("axis", axis),
-        ignore_index=_checks.integer("ignore_index", ignore_index),
+        ignore_index=ignore_index,
         reduction=_checks.choice("reduction", reduction, _checks.REDUCTIONS),
         return_stats=_checks.flag("return_stats", return_stats),
     )
