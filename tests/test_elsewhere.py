@@ -157,3 +157,13 @@ def test_the_soft_cap_does_not_revive_an_impossible_class():
     assert_close(value, want, 1e-6)
     assert_close(gradient[:, :3], want_gradient, 1e-6)
     assert (gradient[:, 3] == 0).all()
+
+
+def test_labels_of_64_bits_do_not_wrap_around_in_32():
+    """Without x64, `jax.jit` would make class 1 of 2³² + 1."""
+    wide = np.array([0, 2**32 + 1, 2**32, -(2**32)])
+    loss = jaxce.cross_entropy(jnp.zeros((4, 5)), wide, reduction="none")
+    assert jnp.isnan(loss).tolist() == [False, True, True, True]
+    loss = jaxce.cross_entropy(jnp.zeros((4, 5)), wide, ignore_index=2**32, reduction="none")
+    assert loss[2] == 0
+    assert jnp.isnan(loss).tolist() == [False, True, False, True]

@@ -425,3 +425,43 @@ def test_messages(error, arguments, message, wrap, disabled):
     finally:
         chex.enable_asserts()
     assert str(raised.value) == message
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize(
+    ("chunked", "options"),
+    # PyTorch's chunked loss has no smoothing: it falls back to the dense one.
+    [(False, {"label_smoothing": 0.1})]
+    + [(c, o) for c in (False, True) for o in ({}, {"weight": True}, {"weight": True, "reduction": "sum"})],
+)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_parity_with_torch(loop, options, chunked, x64):
+    torch = pytest.importorskip("torch", reason="parity with PyTorch is skipped: torch is not installed")
+    arrays, weight = problem(), positive((C,), 5, np.float64)
+    ours, theirs = dict(options), dict(options)
+    if options.get("weight"):
+        ours["weight"], theirs["weight"] = weight, torch.tensor(np.asarray(weight))
+    h, w, b = (
+        torch.tensor(np.array(a), requires_grad=True) for a in (arrays["hidden"], arrays["kernel"].T, arrays["bias"])
+    )
+    want = torch.nn.functional.linear_cross_entropy(
+        h,
+        w,
+        torch.tensor(np.asarray(LABELS), dtype=torch.int64),
+        linear_bias=b,
+        options=torch.nn.LinearCrossEntropyOptions() if chunked else None,
+        **theirs,
+    )
+    want.backward()
+    for chunk in CHUNKS:
+        got, grads = jax.value_and_grad(
+            lambda a, chunk=chunk: jaxce.linear_cross_entropy(
+                **a, labels=LABELS, strategy=loop, chunk_size=chunk, **ours
+            )
+        )(arrays)
+        assert_close(got, want.detach().numpy(), 1e-11)
+        for name, tensor in (("hidden", h), ("kernel", w), ("bias", b)):
+            exact = tensor.grad.numpy().T if name == "kernel" else tensor.grad.numpy()
+            assert_close(grads[name], exact, 1e-10)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FLOAT_DTYPES, assert_close, indices, normal
+from helpers import FLOAT_DTYPES, assert_close, indices, normal, positive
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -172,3 +172,21 @@ def test_smoothing_has_its_gradient_at_zero(loss):
     log_p = jax.nn.log_softmax(LOGITS)
     want = (jnp.take_along_axis(log_p, LABELS[:, None], -1)[:, 0] - log_p.mean(-1)).mean()
     assert_close(jax.grad(lambda e: loss(LOGITS, LABELS, label_smoothing=e))(jnp.zeros(())), want, 1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": positive((16,), 1)}, {"label_smoothing": 0.1, "z_loss": 0.1}])
+@pytest.mark.parametrize(
+    ("logits_spec", "labels_spec"),
+    [(P("x"), P("x")), (P(None, "x"), P())],
+    ids=["batch", "classes"],
+)
+def test_explicit_mesh(logits_spec, labels_spec, options):
+    logits, labels = normal((8, 16)), indices((8,), 16)
+    gradient = jax.jit(jax.value_and_grad(lambda x, y: jaxce.cross_entropy(x, y, **options)))
+    want = gradient(logits, labels)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(logits, NamedSharding(mesh, logits_spec))
+        got = gradient(placed, jax.device_put(labels, NamedSharding(mesh, labels_spec)))
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, 1e-5)
