@@ -144,11 +144,12 @@ def join(outs: list[Any]) -> Any:
 
 def take_chunk(inputs: Inputs, start: Array | int, size: int) -> Inputs:
     hidden, targets, live = take_tokens((inputs.hidden, inputs.targets, inputs.live), start, size)
-    return inputs._replace(hidden=drop_dead(hidden, live), targets=targets, live=live)
+    return inputs._replace(hidden=drop_dead(live, hidden), targets=targets, live=live)
 
 
-def drop_dead(hidden: Array, live: Array | None) -> Array:
-    return hidden if live is None else jnp.where(live[:, None], hidden, 0)
+def drop_dead(live: Array | None, rows: Array) -> Array:
+    """Zeros in the rows of tokens that are left out, so that no NaN or infinity goes through a matmul as 0·NaN."""
+    return rows if live is None else jnp.where(live[:, None], rows, 0)
 
 
 def chunk_logits(config: Config, inputs: Inputs) -> Array:
@@ -258,14 +259,9 @@ def backward_chunk(
         softcap=add(sums.softcap, lambda: gradients.softcap.sum(0)),
     )
     return summed, PerToken(
-        hidden=keep_rows(inputs.live, project.hidden_gradient(narrow, inputs.kernel)) if wanted.hidden else None,
+        hidden=drop_dead(inputs.live, project.hidden_gradient(narrow, inputs.kernel)) if wanted.hidden else None,
         targets=gradients.target if wanted.targets else None,
     )
-
-
-def keep_rows(live: Array | None, rows: Array) -> Array:
-    """A row of zeros where a token is left out: 0 times a kernel that holds NaN or infinity isn't 0."""
-    return rows if live is None else jnp.where(live[:, None], rows, 0)
 
 
 def primal_values(tree: Any) -> Any:
@@ -356,7 +352,7 @@ def take_slab(config: Config, inputs: Inputs, start: Array | int, size: int) -> 
 
 
 def forward_over_classes(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Array]:
-    inputs = inputs._replace(hidden=drop_dead(inputs.hidden, inputs.live))
+    inputs = inputs._replace(hidden=drop_dead(inputs.live, inputs.hidden))
     project = Projection(config)
 
     def slab_sums(start: Array | int, size: int) -> tuple[Sums, Array]:
@@ -391,11 +387,20 @@ def forward_over_classes(config: Config, inputs: Inputs) -> tuple[Stats, Normali
 
 
 def backward_over_classes(
-    config: Config, wanted: Wanted, inputs: Inputs, normalizer: Normalizer, cotangents: Cotangents
+    config: Config,
+    wanted: Wanted,
+    inputs: Inputs,
+    normalizer: Normalizer,
+    cotangents: Cotangents,
+    scale: Array | float = 1.0,
 ) -> tuple[Summed, PerToken]:
-    """Each slab's share of the kernel's gradient is final: it is rounded and written where it belongs."""
+    """Each slab's share of the kernel's gradient is final: it is rounded and written where it belongs.
+
+    Everything is multiplied by `scale` after the matmuls: one over the number of tokens would take the small logit
+    gradients out of float16's range before them.
+    """
     live = inputs.live
-    inputs = inputs._replace(hidden=drop_dead(inputs.hidden, live))
+    inputs = inputs._replace(hidden=drop_dead(live, inputs.hidden))
     project = Projection(config)
     dtype = normalizer.log_sum.dtype
 
@@ -405,7 +410,7 @@ def backward_over_classes(
     def put(whole: Array | None, part: Callable[[], Array], start: Array | int, axis: int = 0) -> Array | None:
         if whole is None:
             return None
-        return lax.dynamic_update_slice_in_dim(whole, part().astype(whole.dtype), start, axis)
+        return lax.dynamic_update_slice_in_dim(whole, (scale * part()).astype(whole.dtype), start, axis)
 
     def step(carry: tuple[Summed, PerToken], start: Array | int, size: int) -> tuple[tuple[Summed, PerToken], None]:
         sums, per_token = carry
@@ -438,7 +443,9 @@ def backward_over_classes(
     )
     (sums, per_token), _ = scan_chunks(step, zero, config.num_classes, chunk_size(config, inputs))
     if per_token.hidden is not None:
-        per_token = per_token._replace(hidden=keep_rows(live, per_token.hidden))
+        per_token = per_token._replace(hidden=scale * drop_dead(live, per_token.hidden))
+    if sums.softcap is not None:
+        sums = sums._replace(softcap=scale * sums.softcap)
     return sums, per_token
 
 
@@ -496,9 +503,9 @@ def _summed_loss_bwd(config: Config, residuals: Any, cotangents: Any) -> tuple[A
         sums, per_token, weights, options = jax.tree.map(lambda leaf: g * leaf, gradients)
         return as_cotangents(inputs, sums, per_token), weights, options
     wanted, normalizer, stats, weights, options = unfinished
-    _, *gradients = compose_gradients(config, stats, weights, options)
-    of_stats, weights, options = jax.tree.map(lambda leaf: g * leaf, tuple(gradients))
-    sums, per_token = backward_over_classes(config, wanted, inputs, normalizer, of_stats)
+    _, of_stats, of_weights, of_options = compose_gradients(config, stats, weights, options)
+    sums, per_token = backward_over_classes(config, wanted, inputs, normalizer, of_stats, g)
+    weights, options = jax.tree.map(lambda leaf: g * leaf, (of_weights, of_options))
     return as_cotangents(inputs, sums, per_token), weights, options
 
 

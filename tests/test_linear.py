@@ -224,6 +224,17 @@ def test_error_in_16_bits_is_no_larger_than_dense(loop, dtype):
         assert error < 1.5 * eps
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_mean_over_many_tokens_stays_in_the_range_of_float16(loop):
+    """Probabilities over the number of tokens are below float16's smallest number; their sum over tokens isn't."""
+    n, d, c = 8192, 4, 2048
+    hidden, kernel = jnp.ones((n, d), jnp.float16), normal((d, c), 1).astype(jnp.float16) / 16
+    gradient = jax.grad(lambda w: jaxce.linear_cross_entropy(hidden, w, jnp.zeros(n, int), strategy=loop))(kernel)
+    logits = hidden[0].astype(jnp.float32) @ kernel.astype(jnp.float32)
+    exact = jnp.broadcast_to(jax.nn.softmax(logits).at[0].add(-1), (d, c))
+    assert_close(gradient.astype(jnp.float32)[:, 1:], exact[:, 1:], 2e-3)
+
+
 def test_mixed_dtypes():
     arrays = problem(np.float32)
     mixed = {**arrays, "hidden": arrays["hidden"].astype(jnp.bfloat16)}
