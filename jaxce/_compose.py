@@ -20,18 +20,18 @@ class Options(NamedTuple):
 
 
 class ExampleWeights(NamedTuple):
-    """Per example, 0 where it is left out."""
+    """Per example, 0 where it is left out; None where all that are left in weigh 1."""
 
-    sample: Array  # sample_weight
-    total: Array  # what the mean divides by: sample_weight, times the weight of the label's class
+    sample: Array | None  # sample_weight
+    total: Array | None  # what the mean divides by: sample_weight, times the weight of the label's class
 
 
 def example_weights(
-    targets: Target, live: Array | None, sample_weight: Array | None, weight: Array | None, batch: Array
+    targets: Target, live: Array | None, sample_weight: Array | None, weight: Array | None, dtype: jnp.dtype
 ) -> ExampleWeights:
-    """The weights of the examples; `batch` has their shape and the dtype of the loss."""
-    sample = jnp.ones_like(batch) if sample_weight is None else sample_weight.astype(batch.dtype)
-    if live is not None:
+    """The weights of the examples, in the dtype of the loss."""
+    sample = None if sample_weight is None else sample_weight.astype(dtype)
+    if sample is not None and live is not None:
         sample = jnp.where(live, sample, 0)
     if weight is None or not is_index(targets):
         return ExampleWeights(sample, sample)
@@ -39,21 +39,35 @@ def example_weights(
     counted = targets >= 0 if live is None else live & (targets >= 0)
     # On a mesh the gathered weights lie as the labels do.
     where = jax.typeof(targets).sharding
-    of_label = (
-        weight.astype(batch.dtype).at[jnp.maximum(targets, 0)].get(out_sharding=None if where.mesh.empty else where)
-    )
+    of_label = weight.astype(dtype).at[jnp.maximum(targets, 0)].get(out_sharding=None if where.mesh.empty else where)
     of_class = jnp.where(counted, of_label, 1)
-    return ExampleWeights(sample, sample * of_class)
+    if live is not None:
+        of_class = jnp.where(live, of_class, 0)
+    return ExampleWeights(sample, times(sample, of_class))
+
+
+def times(weight: Array | None, value: Array) -> Array:
+    return value if weight is None else weight * value
+
+
+def weight_sum(weights: ExampleWeights, live: Array | None, losses: Array | jax.ShapeDtypeStruct) -> Array:
+    """What the mean of `losses` divides by."""
+    if weights.total is not None:
+        return weights.total.sum()
+    return jnp.asarray(losses.size if live is None else live.sum(), losses.dtype)
 
 
 def example_losses(stats: Stats, weights: ExampleWeights, num_classes: int, options: Options) -> Array:
-    """The loss of each example, weighted: (1-ε)·w_y·nll + (ε/C)·smooth_nll + z·w_y·log_z²."""
-    loss = weights.total * stats.nll
+    """The loss of each example, weighted: (1-ε)·w_y·nll + (ε/C)·smooth_nll + z·w_y·log_z².
+
+    The numbers are 0 for an example that is left out, and so is its loss.
+    """
+    loss = times(weights.total, stats.nll)
     if options.label_smoothing is not None:
         epsilon = options.label_smoothing.astype(loss.dtype)
-        loss = (1 - epsilon) * loss + epsilon / num_classes * weights.sample * stats.smooth_nll
+        loss = (1 - epsilon) * loss + epsilon / num_classes * times(weights.sample, stats.smooth_nll)
     if options.z_loss is not None:
-        loss += options.z_loss.astype(loss.dtype) * weights.total * stats.log_z**2
+        loss += options.z_loss.astype(loss.dtype) * times(weights.total, stats.log_z**2)
     return loss
 
 
@@ -63,9 +77,9 @@ def divide(total: Array, weight: Array) -> Array:
     return jnp.where(empty, 0, total / jnp.where(empty, 1, weight))
 
 
-def reduce_losses(losses: Array, weights: ExampleWeights, reduction: str) -> Array:
+def reduce_losses(losses: Array, total_weight: Array, reduction: str) -> Array:
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    return divide(losses.sum(), weights.total.sum())
+    return divide(losses.sum(), total_weight)

@@ -23,7 +23,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxce import _checks
-from jaxce._compose import ExampleWeights, Options, divide, example_losses, example_weights
+from jaxce._compose import ExampleWeights, Options, divide, example_losses, example_weights, weight_sum
 from jaxce._losses import LossStats, Reduction
 from jaxce._softmax_stats import (
     Cotangents,
@@ -529,7 +529,10 @@ def forward_and_backward_over_tokens(
         option_sums = jax.tree.map(jnp.add, option_sums, of_options)
         return (sums, option_sums), (per_token, of_weights, loss[None], stats, predicted)
 
-    zero = zero_sums(inputs, wanted, weights.total.dtype), jax.tree.map(jnp.zeros_like, options)
+    zero = (
+        zero_sums(inputs, wanted, compute_dtype(matmul_dtype(inputs.hidden, inputs.kernel))),
+        jax.tree.map(jnp.zeros_like, options),
+    )
     (sums, option_sums), outs = scan_chunks(step, zero, inputs.hidden.shape[0], chunk_size(config, inputs))
     per_token, of_weights, losses, stats, predicted = join(outs)
     return (losses.sum(), (stats, predicted)), (sums, per_token, of_weights, option_sums)
@@ -734,24 +737,25 @@ def _linear_cross_entropy(
     )
     dtype = compute_dtype(matmul_dtype(hidden, kernel))
     sample_weight = None if sample_weight is None else sample_weight.reshape(tokens)
-    weights = example_weights(inputs.targets, inputs.live, sample_weight, weight, jnp.zeros(tokens, dtype))
+    weights = example_weights(inputs.targets, inputs.live, sample_weight, weight, dtype)
     options = Options(label_smoothing, z_loss)
     loop = choose_loop(strategy, inputs, reduction)
     config = Config(loop, strategy == "auto", chunk_size, num_classes, transpose_kernel, precision, smooth)
+    total_weight = weight_sum(weights, inputs.live, jax.ShapeDtypeStruct((tokens,), dtype))
     if reduction == "none":
         stats, predicted = linear_stats(config, inputs)
         loss = example_losses(stats, weights, num_classes, options).reshape(batch)
     else:
         loss, (stats, predicted) = summed_loss(config, inputs, weights, options)
         if reduction == "mean":
-            loss = divide(loss, weights.total.sum())
+            loss = divide(loss, total_weight)
     if not return_stats:
         return loss
     if inputs.class_weight is not None:
         stats, _ = linear_stats(config._replace(smooth=False), inputs._replace(class_weight=None))
     per_token = (stats.nll, stats.log_z, stats.entropy, predicted)
     nll, log_z, entropy, predicted = (array.reshape(batch) for array in per_token)
-    return loss, lax.stop_gradient(LossStats(nll, log_z, entropy, predicted, weights.total.sum()))
+    return loss, lax.stop_gradient(LossStats(nll, log_z, entropy, predicted, total_weight))
 
 
 def choose_loop(strategy: Strategy, inputs: Inputs, reduction: str) -> Loop:

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxce import _checks
-from jaxce._compose import Options, example_losses, example_weights, reduce_losses
+from jaxce._compose import Options, example_losses, example_weights, reduce_losses, times, weight_sum
 from jaxce._softmax_stats import Stats, is_index, log_probs, negative_log_prob, softmax_stats
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
@@ -180,8 +180,8 @@ def _nll_loss(
     _checks.sample_weight(sample_weight, log_probs.shape[:-1])
     in_axes = (0, 0, None, None if live is None else 0)
     nll = over_batch(negative_log_prob, log_probs.ndim - 1, in_axes)(log_probs, targets, weight, live)
-    weights = example_weights(targets, live, sample_weight, weight, nll)
-    return reduce_losses(weights.total * nll, weights, reduction)
+    weights = example_weights(targets, live, sample_weight, weight, nll.dtype)
+    return reduce_losses(times(weights.total, nll), weight_sum(weights, live, nll), reduction)
 
 
 @overload
@@ -325,13 +325,14 @@ def _cross_entropy(
     smooth = label_smoothing is not None
     class_weight = weight if smooth or not is_index(targets) else None
     stats = stats_over_batch(logits, targets, class_weight, logit_softcap, live, smooth=smooth)
-    weights = example_weights(targets, live, sample_weight, weight, stats.nll)
+    weights = example_weights(targets, live, sample_weight, weight, stats.nll.dtype)
     losses = example_losses(stats, weights, num_classes, Options(label_smoothing, z_loss))
-    loss = reduce_losses(losses, weights, reduction)
+    total_weight = weight_sum(weights, live, losses)
+    loss = reduce_losses(losses, total_weight, reduction)
     if not return_stats:
         return loss
     if class_weight is not None:
         stats = stats_over_batch(logits, targets, None, logit_softcap, live, smooth=False)
     predicted = jnp.argmax(logits, -1).astype(jnp.int32)
-    read = LossStats(stats.nll, stats.log_z, stats.entropy, predicted, weights.total.sum())
+    read = LossStats(stats.nll, stats.log_z, stats.entropy, predicted, total_weight)
     return loss, lax.stop_gradient(read)
