@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 import optax
 from jax import Array
+from matplotlib.ticker import NullFormatter, NullLocator
 from tqdm import tqdm
 
 import jaxce
@@ -132,20 +133,22 @@ def draw(path: Path, cases: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     lines = ((OVER_CLASSES, 2, "classes C (N = 1024, D = 256)"), (OVER_TOKENS, 0, "tokens N (D = 256, C = 16384)"))
     for column, (shapes, index, label) in enumerate(lines):
-        chosen = [case for case in cases if tuple(case["shape"]) in shapes]
+        chosen = sorted((c for c in cases if tuple(c["shape"]) in shapes), key=lambda c: c["shape"][index])
+        sizes = [case["shape"][index] for case in chosen]
         for row, (figures, unit) in enumerate((("ms", "loss and gradients (ms)"), ("temp_mb", "temporaries (MB)"))):
             ax = axes[row, column]
             for name in chosen[0][figures]:
                 if name == "3 matmuls" and figures == "temp_mb":
                     continue
-                style = "k--" if name == "3 matmuls" else "o-"
+                # "auto" lies upon the loop that it picks.
+                style = {"3 matmuls": "k--", "jaxce auto": "kx"}.get(name, "o-")
                 ax.loglog(
-                    [case["shape"][index] for case in chosen],
-                    [case[figures][name] for case in chosen],
-                    style,
-                    label=name,
+                    sizes, [case[figures][name] for case in chosen], style, label=name, zorder=3 - (style == "o-")
                 )
             ax.set(xlabel=label, ylabel=unit)
+            ax.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.3, which="both")
     axes[0, 0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
