@@ -222,7 +222,7 @@ def draw_curves(axes: Axes, difference_axes: Axes, runs: dict[str, Run], held_ou
     longer, other = sorted(runs, key=lambda name: -len(runs[name].losses))
     a, b = np.array(runs[longer].losses), np.array(runs[other].losses)
     steps = np.arange(1, len(a) + 1)
-    axes.plot(steps, a, color=COLOURS[longer], linewidth=5, alpha=0.45, label=f"{longer}, {len(a)} steps")
+    axes.plot(steps, a, color=COLOURS[longer], linewidth=3.5, alpha=0.45, label=f"{longer}, {len(a)} steps")
     axes.plot(steps[: len(b)], b, color=COLOURS[other], linewidth=1.2, label=f"{other}, first {len(b)} steps")
     axes.axhline(held_out, color="k", linestyle=":", label=f"held-out at the end: {held_out:.2f}")
     axes.set(title="Loss of the same batches", ylabel="mean negative log-likelihood (nats)")

@@ -609,7 +609,7 @@ def linear_cross_entropy(
 ) -> Array | tuple[Array, LossStats]:
     r"""Cross-entropy of the logits `hidden @ kernel + bias`, without storing the logits.
 
-    .. math:: \\ell_i = \\log \\sum_c e^{h_i \\cdot k_c + b_c} - (h_i \\cdot k_{y_i} + b_{y_i})
+    .. math:: \ell_i = \log \sum_c e^{h_i \cdot k_c + b_c} - (h_i \cdot k_{y_i} + b_{y_i})
 
     Equivalent to `cross_entropy(hidden @ kernel + bias, labels)` with float32 accumulation, without storing an array of
     tokens by classes. After Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*, 2024,
