@@ -42,7 +42,7 @@ batching.primitive_batchers[_named_labels_p] = _batch
 
 
 def _checkify(*args: Any, num_classes: int) -> tuple[Any, Array]:
-    *context, error, enabled, labels, fine = args  # JAX 0.11 and newer pass a context first.
+    *context, error, enabled, labels, fine = args  # Newer JAX passes a context first; 0.10.2 has none.
     if checkify.FailedCheckError in enabled and labels.size:
         found = checkify.FailedCheckError(
             checkify.get_traceback(),

@@ -2,7 +2,7 @@
 
 N tokens, D features, C classes. Two loops compute the same numbers:
 
-    over tokens   a chunk of tokens against all classes; `fused_loss` also has the gradients of the chunk there and
+    over tokens   a chunk of tokens against all classes; `summed_loss` also has the gradients of the chunk there and
                   then, since a mean or a sum gives every token a cotangent that is known: three matmuls in all
     over classes  all tokens against a slab of classes; the backward pass makes each slab's logits again: four matmuls
                   in all, and no array larger than N×slab, N×D or the gradients themselves
