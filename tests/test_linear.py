@@ -110,16 +110,17 @@ def test_transposed_kernel_and_any_batch_axes(loop, x64):
     assert_close(one, dense(arrays["hidden"][0], arrays["kernel"], LABELS[0], bias=arrays["bias"]))
 
 
+@pytest.mark.parametrize("fill", [50.0, np.nan])
 @pytest.mark.parametrize("options", ["plain", "all"])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_padding_counts_for_nothing(loop, options, x64):
-    """Columns beyond `num_classes` could hold anything: the loss doesn't see them, and their gradient is 0."""
+def test_padding_counts_for_nothing(loop, options, fill, x64):
+    """Columns beyond `num_classes` can hold anything: the loss doesn't see them, and their gradient is 0."""
     real, options = problem(), OPTIONS[options]
     options = {k: v.astype(jnp.float64) if hasattr(v, "dtype") and v.dtype != bool else v for k, v in options.items()}
     padded = {
         "hidden": real["hidden"],
-        "kernel": jnp.pad(real["kernel"], ((0, 0), (0, 3)), constant_values=50.0),
-        "bias": jnp.pad(real["bias"], (0, 3), constant_values=50.0),
+        "kernel": jnp.pad(real["kernel"], ((0, 0), (0, 3)), constant_values=fill),
+        "bias": jnp.pad(real["bias"], (0, 3), constant_values=fill),
     }
     want, want_grads = gradients(dense, real, LABELS, **options)
     for chunk in (7, 40):
