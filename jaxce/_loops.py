@@ -34,6 +34,7 @@ from jaxce._softmax_stats import (
     partial_sums,
     read_stats,
     row_sums,
+    scan_chunks,
 )
 
 Loop: TypeAlias = Literal["tokens", "classes"]
@@ -104,29 +105,6 @@ class Projection(NamedTuple):
 
 def take_tokens(tree: Any, start: Array | int, size: int) -> Any:
     return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), tree)
-
-
-def scan_chunks(
-    step: Callable[[Any, Array | int, int], tuple[Any, Any]], carry: Any, length: int, size: int
-) -> tuple[Any, list[Any]]:
-    """`carry, out = step(carry, start, width)` over the whole chunks in a loop, then over the rest.
-
-    Returns the last carry, and the outputs of the chunks, stacked, and of the rest.
-    """
-    size = min(size, length)
-    whole = length // size if size else 0
-    outs = []
-    if whole > 1:
-        carry, out = lax.scan(lambda carry, i: step(carry, i * size, size), carry, jnp.arange(whole, dtype=jnp.int32))
-        outs.append(out)
-    elif whole == 1:
-        carry, out = step(carry, 0, size)
-        outs.append(jax.tree.map(lambda leaf: leaf[None], out))
-    rest = length - whole * size
-    if rest or not whole:
-        carry, out = step(carry, whole * size, rest)
-        outs.append(jax.tree.map(lambda leaf: leaf[None], out))
-    return carry, outs
 
 
 def join(outs: list[Any]) -> Any:
@@ -315,8 +293,8 @@ def as_cotangents(inputs: Inputs, sums: Summed, per_token: PerToken) -> Any:
     """Each gradient in its input's dtype and shape; the only place where a sum over chunks of tokens is rounded."""
 
     def like(gradient: Array, primal: Array) -> Array:
-        padding = [(0, whole - part) for whole, part in zip(primal.shape, gradient.shape, strict=True)]
-        return jnp.pad(gradient.astype(primal.dtype), padding)
+        padding = [(0, whole - part, 0) for whole, part in zip(primal.shape, gradient.shape, strict=True)]
+        return lax.pad(gradient.astype(primal.dtype), jnp.zeros((), primal.dtype), padding)
 
     gradients = (per_token.hidden, sums.kernel, sums.bias, per_token.targets, sums.class_weight, sums.softcap, None)
     return Inputs(*(g if g is None else like(g, x) for g, x in zip(gradients, inputs, strict=True)))  # type: ignore[arg-type]

@@ -89,35 +89,39 @@ def on_cpu(cpu: Callable[..., Tree], default: Callable[..., Tree], x: Array, *ar
     return lax.platform_dependent(x, *args, cpu=cpu, default=default)
 
 
-@jax.custom_jvp
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def move(how: Callable[..., Array], x: Array, *where: Array) -> Array:
+    """`how(x, *where)`, which moves entries of `x` about and computes nothing.
+
+    16-bit floats go as integers: XLA:CPU moves them by way of a float32 copy of all of them.
+    """
+    if x.dtype.itemsize != 2:
+        return how(x, *where)
+    return lax.bitcast_convert_type(how(lax.bitcast_convert_type(x, jnp.uint16), *where), x.dtype)
+
+
+@move.defjvp
+def _move_jvp(how: Callable[..., Array], primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> Any:
+    x, *where = primals
+    return move(how, x, *where), how(tangents[0], *where)
+
+
 def pick(x: Array, index: Array) -> Array:
     """`x[index]`, 0 where `index` is outside of `x`."""
 
-    def gather(x: Array, index: Array) -> Array:
+    def entry(x: Array, index: Array) -> Array:
         inside = (index >= 0) & (index < x.shape[0])
-        value = lax.dynamic_index_in_dim(as_bits(x), jnp.clip(index, 0, x.shape[0] - 1), keepdims=False)
-        return jnp.where(inside, from_bits(value, x.dtype), 0)
+        value = lax.dynamic_index_in_dim(x, jnp.clip(index, 0, x.shape[0] - 1), keepdims=False)
+        return jnp.where(inside, value, 0)
+
+    def gather(x: Array, index: Array) -> Array:
+        return move(entry, x, index)
 
     def compare(x: Array, index: Array) -> Array:
         return jnp.where(is_class(index, x.shape[0]), x, 0).sum()
 
     # A gather is a serial read on TPU, and isn't split over a mesh; on a CPU the comparison is one more pass.
     return on_cpu(gather, compare, x, index)
-
-
-@pick.defjvp
-def _pick_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (x, index), (tangent, _) = primals, tangents
-    return pick(x, index), pick(tangent, index)
-
-
-def as_bits(x: Array) -> Array:
-    """16-bit floats as integers: XLA:CPU moves floats of 16 bits about by way of a float32 copy of all of them."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
-def from_bits(x: Array, dtype: jnp.dtype) -> Array:
-    return lax.bitcast_convert_type(x, dtype)
 
 
 def is_class(index: Array, num_classes: int) -> Array:
@@ -364,53 +368,75 @@ def subtract_at(x: Array, index: Array, value: Array, *, in_place: bool = True) 
 _LONGEST_CPU_ROW = 32_768
 
 
-def cpu_slabs(num_classes: int) -> int:
-    """How many equal slabs a long row is cut into on a CPU; 1 where it is short, or can't be cut evenly.
+def even_slabs(num_classes: int) -> int:
+    """How many equal slabs a long row is cut into; 1 if it can't be cut evenly.
 
     A multiple of 16 wherever there is one, so that the slabs of a row sharded over a power of two stay where they are.
     """
-    if num_classes <= _LONGEST_CPU_ROW:
-        return 1
     counts = [n for n in range(1, 1 + num_classes // 1024) if num_classes % n == 0]
     counts = [n for n in counts if num_classes // n <= _LONGEST_CPU_ROW]
     return min(counts, key=lambda n: (n % 16 != 0, n), default=1)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def split_row(row: Array, slabs: int) -> Array:
-    """(C,) to (slabs, C / slabs)."""
-    return from_bits(as_bits(row).reshape(slabs, -1), row.dtype)
-
-
-@split_row.defjvp
-def _split_row_jvp(slabs: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (row,), (tangent,) = primals, tangents
-    return split_row(row, slabs), tangent.reshape(slabs, -1)
-
-
 def row_sums(logits: Array, target: Target, weight: Array | None, softcap: Array | None, *, smooth: bool) -> Sums:
     """The sums over all classes, in the form that suits the platform."""
     whole = partial(partial_sums, smooth=smooth)
-    slabs = cpu_slabs(logits.shape[0])
-    if slabs == 1:
+    if logits.shape[0] <= _LONGEST_CPU_ROW:
         return whole(logits, target, weight, softcap)
+    return on_cpu(partial(sums_in_slabs, smooth=smooth), whole, logits, target, weight, softcap)
 
-    def in_slabs(logits: Array, target: Target, weight: Array | None, softcap: Array | None) -> Sums:
-        def slab_sums(logits: Array, target: Target | None, weight: Array | None, first_class: Array) -> Sums:
-            return whole(logits, target, weight, softcap, first_class=first_class)
 
-        index = is_index(target)
-        sums = merge(
-            jax.vmap(slab_sums, (0, None if index else 0, None if weight is None else 0, 0))(
-                split_row(logits, slabs),
-                None if index else split_row(target, slabs),
-                None if weight is None else split_row(weight, slabs),
-                jnp.arange(slabs, dtype=jnp.int32) * (logits.shape[0] // slabs),
-            )
-        )
-        return sums._replace(label_logit=cap_logits(pick(logits, target), softcap)) if index else sums
+def sums_in_slabs(logits: Array, target: Target, weight: Array | None, softcap: Array | None, *, smooth: bool) -> Sums:
+    """The sums over all classes, from those of slabs: equal ones that are a view of the row, or else in a loop."""
+    classes = logits.shape[0]
+    index = is_index(target)
+    rows = (logits, None if index else target, weight)
 
-    return on_cpu(in_slabs, whole, logits, target, weight, softcap)
+    def slab_sums(first_class: Array | int, slab: Any) -> Sums:
+        logits, target, weight = slab
+        return partial_sums(logits, target, weight, softcap, smooth=smooth, first_class=first_class)
+
+    slabs = even_slabs(classes)
+    if slabs > 1:
+        first_classes = jnp.arange(slabs, dtype=jnp.int32) * (classes // slabs)
+        views = jax.tree.map(partial(move, lambda row: row.reshape(slabs, -1)), rows)
+        sums = merge(jax.vmap(slab_sums)(first_classes, views))
+    else:
+
+        def step(_: None, start: Array | int, size: int) -> tuple[None, Sums]:
+            # A barrier, or what XLA can do to all of the row it does before the loop, and keeps the copy.
+            here, parts = lax.optimization_barrier((jnp.asarray(start, jnp.int32), rows))
+            take = partial(move, lambda row, start: lax.dynamic_slice_in_dim(row, start, size))
+            return None, slab_sums(here, jax.tree.map(lambda row: take(row, here), parts))
+
+        # The loop stores a slab of each row: of a power of two classes, and at most a thirty-second of them.
+        width = 1 << (classes // 32).bit_length() - 1
+        _, outs = scan_chunks(step, None, classes, width)
+        sums = merge(jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs))
+    return sums._replace(label_logit=cap_logits(pick(logits, target), softcap)) if index else sums
+
+
+def scan_chunks(
+    step: Callable[[Any, Array | int, int], tuple[Any, Any]], carry: Any, length: int, size: int
+) -> tuple[Any, list[Any]]:
+    """`carry, out = step(carry, start, width)` over the whole chunks in a loop, then over the rest.
+
+    Returns the last carry, and the outputs of the chunks, stacked, and of the rest.
+    """
+    size = min(size, length)
+    whole = length // size if size else 0
+    outs = []
+    if whole > 1:
+        carry, out = lax.scan(lambda carry, i: step(carry, i * size, size), carry, jnp.arange(whole, dtype=jnp.int32))
+        outs.append(out)
+    elif whole == 1:
+        carry, out = step(carry, 0, size)
+        outs.append(jax.tree.map(lambda leaf: leaf[None], out))
+    rest = length - whole * size
+    if rest or not whole:
+        carry, out = step(carry, whole * size, rest)
+        outs.append(jax.tree.map(lambda leaf: leaf[None], out))
+    return carry, outs
 
 
 def keep(live: Array | None, tree: Tree) -> Tree:

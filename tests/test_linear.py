@@ -36,9 +36,10 @@ OPTIONS = {
         "weight": positive((C,), 5),
         "sample_weight": positive((N,), 6),
         "where": jnp.arange(N) != 2,
-        "label_smoothing": 0.2,
-        "z_loss": 0.03,
-        "logit_softcap": 3.0,
+        # As arrays, so that their gradients are compared too.
+        "label_smoothing": jnp.array(0.2),
+        "z_loss": jnp.array(0.03),
+        "logit_softcap": jnp.array(3.0),
     },
 }
 
