@@ -249,11 +249,17 @@ def test_mixed_dtypes():
 # What is stored and computed
 
 
+def equations(jaxpr):
+    """Those of the jaxpr, and of the functions it calls."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
 def largest_array(jaxpr):
-    """The most entries of an array in the jaxpr, those of the functions it calls included."""
-    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
-    inner = [largest_array(j) for eqn in jaxpr.eqns for j in jaxprs_in_params(eqn.params)]
-    return max([*sizes, *inner], default=0)
+    """The most entries of an array in the jaxpr."""
+    return max(v.aval.size for eqn in equations(jaxpr) for v in eqn.outvars if hasattr(v.aval, "size"))
 
 
 def loss_of(loop, chunk=None, **options):
@@ -295,6 +301,20 @@ def test_matmuls(loop, wrt, matmuls):
     compiled = jax.jit(loss if wrt is None else jax.grad(loss, wrt)).lower(*shapes(n, d, c)).compile()
     flops = compiled.cost_analysis()["flops"] / (2 * n * d * c)
     assert matmuls <= flops < matmuls + 0.2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_matmuls_take_16_bits_and_sum_in_32(loop, reduction, dtype):
+    loss = loss_of(loop, 8, reduction=reduction, precision="highest")
+    gradient = jax.grad(lambda *a: loss(*a).sum(), (0, 1))
+    found = equations(jax.make_jaxpr(gradient)(*shapes(20, 4, 30, dtype)).jaxpr)
+    matmuls = [eqn for eqn in found if eqn.primitive.name == "dot_general"]
+    assert len(matmuls) >= 3
+    assert {v.aval.dtype for eqn in matmuls for v in eqn.invars} == {jnp.dtype(dtype)}
+    assert {v.aval.dtype for eqn in matmuls for v in eqn.outvars} == {jnp.dtype(jnp.float32)}
+    assert {eqn.params["precision"] for eqn in matmuls} == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 def dots(compiled):
