@@ -13,13 +13,17 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+# Seconds after which the threads of PyTorch's pool have stopped waiting busily for more work, at others' cost.
+THREADS_REST = 0.01
+
 
 class Timed:
-    """A function that is ready to run: `run()` blocks until its result is there."""
+    """A function that is ready to run: `run()` blocks until its result is there. `rest` seconds pass after it."""
 
-    def __init__(self, run: Callable[[], Any], temp_bytes: int | None = None) -> None:
+    def __init__(self, run: Callable[[], Any], temp_bytes: int | None = None, rest: float = 0.0) -> None:
         self.run = run
         self.temp_bytes = temp_bytes
+        self.rest = rest
         self.seconds: list[float] = []
 
 
@@ -43,6 +47,7 @@ def measure(contestants: dict[str, Timed], seconds: float = 1.0, rounds: int = 5
             before = time.perf_counter()
             contestant.run()
             contestant.seconds.append(time.perf_counter() - before)
+            time.sleep(contestant.rest)
         done += 1
 
 

@@ -77,9 +77,24 @@ def cap_logits(logits: Array, softcap: Array | None) -> Array:
     return jnp.where(impossible, -jnp.inf, cap * jnp.tanh(jnp.where(impossible, 0, x) / cap))
 
 
-def distance(x: Array, maximum: Array, mass: Array | float) -> Array:
-    """`maximum - x`, and 0 for an impossible class of no mass, where it would be multiplied as 0·inf."""
-    return jnp.where((x == -jnp.inf) & (mass == 0), 0, maximum - x)
+# What is summed over classes is written without comparisons and selects, and `one` is a 1 of each sum's own: XLA:CPU
+# fuses arithmetic alone into a sum, and stores in the logits' size all else, and any scalar that two sums share.
+
+
+def is_possible(x: Array, one: Array | float = 1.0) -> Array:
+    """1 where a logit is finite, 0 where it is -inf."""
+    floor = float(jnp.finfo(x.dtype).min) / 2 * one
+    return jnp.minimum(jnp.maximum(x * (one / 4), floor) - floor, one)
+
+
+def gap_to(maximum: Array, x: Array, mass: Array, one: Array | float = 1.0) -> Array:
+    """`mass · (maximum - x)`; for an impossible class 0 without mass, where that would be 0·inf, else a huge number."""
+    return mass * (maximum - jnp.maximum(x, float(jnp.finfo(x.dtype).min) / 2 * one))
+
+
+def honest(gap: Array) -> Array:
+    """A sum of gaps; infinite where an impossible class had mass."""
+    return jnp.where(gap > 1e30, jnp.inf, gap)
 
 
 def on_cpu(cpu: Callable[..., Tree], default: Callable[..., Tree], x: Array, *args: Any) -> Tree:
@@ -136,9 +151,10 @@ def target_mass(target: Target, weight: Array | None, dtype: jnp.dtype) -> Array
     return mass if weight is None else mass * weight.astype(dtype)
 
 
-def smooth_mass(x: Array, weight: Array | None) -> Array:
+def smooth_mass(x: Array, weight: Array | None, one: Array | float = 1.0) -> Array:
     """The weight of each class in `smooth_nll`: an impossible class takes no part in it."""
-    return jnp.where(x == -jnp.inf, 0, jnp.ones_like(x) if weight is None else weight.astype(x.dtype))
+    possible = is_possible(x, one)
+    return possible if weight is None else possible * weight.astype(x.dtype)
 
 
 def anchor(maximum: Array) -> Array:
@@ -168,9 +184,23 @@ def partial_sums(
     else:
         maximum = lax.stop_gradient(x).max()
     reference = maximum if first_class is None else anchor(maximum)
-    shifted = x - reference
-    exp = jnp.exp(shifted)
     zero = jnp.zeros((), x.dtype)
+
+    def total(summand: Callable[..., Array], *arrays: Array | None) -> Array:
+        """The sum of `summand(one, x, *arrays)` over the classes."""
+        own_logits, one, *own_arrays = own(logits, jnp.ones((), x.dtype), *arrays)
+        return summand(lax.stop_gradient(one), cap_logits(own_logits, softcap), *own_arrays).sum()
+
+    def mass_sums(mass: Callable[..., Array], *arrays: Array | None) -> tuple[Array, Array]:
+        def gap(one: Array, x: Array, reference: Array, *arrays: Array | None) -> Array:
+            return gap_to(reference, x, mass(one, x, *arrays), one)
+
+        return total(gap, reference, *arrays), total(mass, *arrays)
+
+    def entropy(one: Array, x: Array, reference: Array) -> Array:
+        # The exponential of -1000 is 0.
+        return jnp.exp(x - reference) * jnp.maximum(x - reference, -1000 * one)
+
     label_logit, target_sums, smooth_sums = zero, (zero, zero), (zero, zero)
     if target is None:
         pass
@@ -178,19 +208,26 @@ def partial_sums(
         index = target if first_class is None else target - first_class
         label_logit = cap_logits(pick(logits, index), softcap)
     else:
-        mass = target_mass(target, weight, x.dtype)
-        target_sums = ((mass * distance(x, reference, mass)).sum(), mass.sum())
+        target_sums = mass_sums(lambda _, x, target, weight: target_mass(target, weight, x.dtype), target, weight)
     if smooth:
-        mass = smooth_mass(x, weight)
-        smooth_sums = ((mass * distance(x, reference, mass)).sum(), mass.sum())
+        smooth_sums = mass_sums(lambda one, x, weight: smooth_mass(x, weight, one), weight)
     return Sums(
         maximum=maximum,
-        exp=exp.sum(),
-        exp_x=jnp.where(exp == 0, 0, exp * shifted).sum(),
+        exp=jnp.exp(x - reference).sum(),
+        exp_x=total(entropy, reference),
         label_logit=label_logit,
         target=target_sums,
         smooth=smooth_sums,
     )
+
+
+def own(x: Array, *others: Array | None) -> tuple[Any, ...]:
+    """The same arrays. On a CPU behind a barrier, so that what is made of them isn't shared with other sums."""
+
+    def same(*arrays: Array | None) -> tuple[Any, ...]:
+        return arrays
+
+    return on_cpu(lambda *arrays: lax.optimization_barrier(arrays), same, x, *others)
 
 
 def merge(parts: Sums) -> Sums:
@@ -223,7 +260,7 @@ def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:
         nll = mass * (log_sum - (sums.label_logit - sums.maximum))
     else:
         gap, mass = sums.target
-        nll = gap + mass * log_sum
+        nll = honest(gap) + mass * log_sum
     stats = Stats(
         nll=nll,
         smooth_nll=sums.smooth[0] + sums.smooth[1] * log_sum,
@@ -495,8 +532,7 @@ def _negative_log_prob_fwd(
     if is_index(target):
         nll = jnp.where(target >= 0, -cap_logits(pick(log_probs, target), None), jnp.nan)
     else:
-        mass = target_mass(target, weight, lp.dtype)
-        nll = (mass * distance(lp, jnp.zeros_like(lp), mass)).sum()
+        nll = honest(gap_to(jnp.zeros((), lp.dtype), lp, target_mass(target, weight, lp.dtype)).sum())
     return keep(live, nll), (log_probs, target, weight, live)
 
 
