@@ -137,7 +137,7 @@ def class_axis(name: str, array: Array, axis: int) -> int:
 class Examples(NamedTuple):
     """What labels, `ignore_index` and `where` say of each example."""
 
-    targets: Array  # int32 indices of the batch shape, -1 for a bad label; or probabilities, classes last
+    targets: Array  # int32 indices of the batch shape, -1 for a bad label; or probabilities, of the scores' shape
     live: Array | None  # bool, of the batch shape: False is left out; None if all are in
 
 
@@ -164,7 +164,7 @@ def examples(
         )
     if _is_float(labels):
         _check_probabilities(name, shape, batch, labels, ignore_index)
-        return Examples(jnp.moveaxis(labels, axis, -1), live)
+        return Examples(labels, live)
     if not _is_int(labels):
         raise TypeError(
             f"labels must be class indices (integers) or class probabilities (floats); got {_describe(labels)}"

@@ -225,7 +225,7 @@ def _linear_cross_entropy(
             loss = divide(loss, total_weight)
     if not return_stats:
         return loss
-    if class_weight is not None:
+    if class_weight is not None and not is_index(targets):
         stats, _ = linear_stats(config._replace(smooth=False), inputs._replace(class_weight=None))
     per_token = (stats.nll, stats.log_z, stats.entropy, predicted)
     nll, log_z, entropy, predicted = (array.reshape(batch) for array in per_token)

@@ -39,26 +39,33 @@ class LossStats(NamedTuple):
     weight_sum: Array
 
 
-def over_batch(function: Callable[..., Any], ndim: int, in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
-    """`function` of one example, vmapped over `ndim` leading batch axes of the arguments that have them."""
-    for _ in range(ndim):
+def over_examples(function: Callable[..., Any], axis: int, in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
+    """`function` of examples with classes on axis 0, vmapped over the axes before the class axis."""
+    for _ in range(axis):
         function = jax.vmap(function, in_axes)
     return function
 
 
-def stats_over_batch(
+def stats_of_examples(
     logits: Array,
     targets: Array,
+    axis: int,
     weight: Array | None,
     softcap: Array | None,
     live: Array | None,
     *,
     smooth: bool,
 ) -> Stats:
-    """The numbers of every example; classes are on the last axis."""
+    """The numbers of every example."""
     one = partial(softmax_stats, smooth)
     in_axes = (0, 0, None, None, None if live is None else 0)
-    return over_batch(one, logits.ndim - 1, in_axes)(logits, targets, weight, softcap, live)
+    weight = along_classes(weight, logits, axis)
+    return over_examples(one, axis, in_axes)(logits, targets, weight, softcap, live)
+
+
+def along_classes(weight: Array | None, scores: Array, axis: int) -> Array | None:
+    """Class weights that broadcast against the scores behind the class axis."""
+    return None if weight is None else weight.reshape(-1, *(1,) * (scores.ndim - axis - 1))
 
 
 def log_softmax(logits: ArrayLike, axis: int = -1, *, where: ArrayLike | None = None) -> Array:
@@ -99,10 +106,7 @@ def log_softmax(logits: ArrayLike, axis: int = -1, *, where: ArrayLike | None = 
 def _log_softmax(logits: Array, where: Array | None, *, axis: int) -> Array:
     axis = _checks.class_axis("logits", logits, axis)
     where = _checks.class_mask(where, logits.shape)
-    if where is not None:
-        where = jnp.moveaxis(where, axis, -1)
-    rows = over_batch(log_probs, logits.ndim - 1, (0, None if where is None else 0))
-    return jnp.moveaxis(rows(jnp.moveaxis(logits, axis, -1), where), -1, axis)
+    return over_examples(log_probs, axis, (0, None if where is None else 0))(logits, where)
 
 
 def nll_loss(
@@ -175,11 +179,11 @@ def _nll_loss(
 ) -> Array:
     axis = _checks.class_axis("log_probs", log_probs, axis)
     targets, live = _checks.examples("log_probs", log_probs.shape, axis, labels, ignore_index, where)
-    log_probs = jnp.moveaxis(log_probs, axis, -1)
-    _checks.weight(weight, log_probs.shape[-1])
-    _checks.sample_weight(sample_weight, log_probs.shape[:-1])
+    _checks.weight(weight, log_probs.shape[axis])
+    _checks.sample_weight(sample_weight, log_probs.shape[:axis] + log_probs.shape[axis + 1 :])
     in_axes = (0, 0, None, None if live is None else 0)
-    nll = over_batch(negative_log_prob, log_probs.ndim - 1, in_axes)(log_probs, targets, weight, live)
+    class_weight = along_classes(weight, log_probs, axis)
+    nll = over_examples(negative_log_prob, axis, in_axes)(log_probs, targets, class_weight, live)
     weights = example_weights(targets, live, sample_weight, weight, nll.dtype)
     return reduce_losses(times(weights.total, nll), weight_sum(weights, live, nll), reduction)
 
@@ -317,22 +321,21 @@ def _cross_entropy(
 ) -> Array | tuple[Array, LossStats]:
     axis = _checks.class_axis("logits", logits, axis)
     targets, live = _checks.examples("logits", logits.shape, axis, labels, ignore_index, where)
-    logits = jnp.moveaxis(logits, axis, -1)
-    num_classes = logits.shape[-1]
+    num_classes = logits.shape[axis]
     _checks.weight(weight, num_classes)
-    _checks.sample_weight(sample_weight, logits.shape[:-1])
+    _checks.sample_weight(sample_weight, logits.shape[:axis] + logits.shape[axis + 1 :])
     # Class weights enter the numbers of an example where they weigh several classes, else they multiply its nll.
     smooth = label_smoothing is not None
     class_weight = weight if smooth or not is_index(targets) else None
-    stats = stats_over_batch(logits, targets, class_weight, logit_softcap, live, smooth=smooth)
+    stats = stats_of_examples(logits, targets, axis, class_weight, logit_softcap, live, smooth=smooth)
     weights = example_weights(targets, live, sample_weight, weight, stats.nll.dtype)
     losses = example_losses(stats, weights, num_classes, Options(label_smoothing, z_loss))
     total_weight = weight_sum(weights, live, losses)
     loss = reduce_losses(losses, total_weight, reduction)
     if not return_stats:
         return loss
-    if class_weight is not None:
-        stats = stats_over_batch(logits, targets, None, logit_softcap, live, smooth=False)
-    predicted = jnp.argmax(logits, -1).astype(jnp.int32)
+    if class_weight is not None and not is_index(targets):
+        stats = stats_of_examples(logits, targets, axis, None, logit_softcap, live, smooth=False)
+    predicted = jnp.argmax(logits, axis).astype(jnp.int32)
     read = LossStats(stats.nll, stats.log_z, stats.entropy, predicted, total_weight)
     return loss, lax.stop_gradient(read)

@@ -10,6 +10,9 @@ With logits `x`, their maximum `m` and `log_s = log Σ_c exp(x_c - m)`:
 All of it is written for some of the classes of one example (`partial_sums`), put together by `merge`, and read off
 by `read_stats`, so that a whole row, a row in slabs, a loop over slabs of a kernel and a row spread over a mesh are
 the same code. `x - m` is taken before anything is summed: `log_z - x_y` would lose three digits at an offset of 1e5.
+
+"One example" has its classes on axis 0. Axes behind it hold more examples, for logits whose class axis isn't the last:
+to move that axis would be a copy of them. The numbers are then arrays of the shape of those axes.
 """
 
 from collections.abc import Callable
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-# An integer scalar, the index of the class; or the (C,) probabilities of the classes.
+# An integer, the index of the class; or the (C,) probabilities of the classes.
 Target: TypeAlias = Array
 
 Tree = TypeVar("Tree")
@@ -61,6 +64,11 @@ class Normalizer(NamedTuple):
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """float32 for 16-bit inputs, else the input's own."""
     return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+
+
+def beside(numbers: Tree) -> Tree:
+    """The numbers of the examples, so that they broadcast against their logits."""
+    return jax.tree.map(lambda number: number[None] if number.ndim else number, numbers)
 
 
 def is_index(target: Target) -> bool:
@@ -126,23 +134,25 @@ def pick(x: Array, index: Array) -> Array:
 
     def entry(x: Array, index: Array) -> Array:
         inside = (index >= 0) & (index < x.shape[0])
-        value = lax.dynamic_index_in_dim(x, jnp.clip(index, 0, x.shape[0] - 1), keepdims=False)
-        return jnp.where(inside, value, 0)
+        near = jnp.clip(index, 0, x.shape[0] - 1)
+        if x.ndim == 1:
+            return jnp.where(inside, lax.dynamic_index_in_dim(x, near, keepdims=False), 0)
+        return jnp.where(inside, jnp.take_along_axis(x, near[None], 0)[0], 0)
 
     def gather(x: Array, index: Array) -> Array:
         return move(entry, x, index)
 
     def compare(x: Array, index: Array) -> Array:
-        return jnp.where(is_class(index, x.shape[0]), x, 0).sum()
+        return jnp.where(is_class(index, x.shape[0]), x, 0).sum(0)
 
     # A gather is a serial read on TPU, and isn't split over a mesh; on a CPU the comparison is one more pass.
     return on_cpu(gather, compare, x, index)
 
 
 def is_class(index: Array, num_classes: int) -> Array:
-    """The one-hot row of `index` as bool, compared in float32, which vectorizes better than in int32."""
+    """The one-hot form of `index` as bool, compared in float32, which vectorizes better than in int32."""
     dtype = jnp.float32 if num_classes < 2**24 else jnp.int32
-    return lax.iota(dtype, num_classes) == index.astype(dtype)
+    return lax.broadcasted_iota(dtype, (num_classes, *index.shape), 0) == beside(index).astype(dtype)
 
 
 def target_mass(target: Target, weight: Array | None, dtype: jnp.dtype) -> Array:
@@ -180,16 +190,16 @@ def partial_sums(
     x = cap_logits(logits, softcap)
     if softcap is None:
         # Exact in 16 bits; behind the barrier, XLA:CPU keeps no float32 copy of the logits for both passes.
-        maximum = lax.optimization_barrier(lax.stop_gradient(logits).max()).astype(x.dtype)
+        maximum = lax.optimization_barrier(lax.stop_gradient(logits).max(0)).astype(x.dtype)
     else:
-        maximum = lax.stop_gradient(x).max()
-    reference = maximum if first_class is None else anchor(maximum)
-    zero = jnp.zeros((), x.dtype)
+        maximum = lax.stop_gradient(x).max(0)
+    reference = beside(maximum if first_class is None else anchor(maximum))
+    zero = jnp.zeros(x.shape[1:], x.dtype)
 
     def total(summand: Callable[..., Array], *arrays: Array | None) -> Array:
         """The sum of `summand(one, x, *arrays)` over the classes."""
         own_logits, one, *own_arrays = own(logits, jnp.ones((), x.dtype), *arrays)
-        return summand(lax.stop_gradient(one), cap_logits(own_logits, softcap), *own_arrays).sum()
+        return summand(lax.stop_gradient(one), cap_logits(own_logits, softcap), *own_arrays).sum(0)
 
     def mass_sums(mass: Callable[..., Array], *arrays: Array | None) -> tuple[Array, Array]:
         def gap(one: Array, x: Array, reference: Array, *arrays: Array | None) -> Array:
@@ -213,7 +223,7 @@ def partial_sums(
         smooth_sums = mass_sums(lambda one, x, weight: smooth_mass(x, weight, one), weight)
     return Sums(
         maximum=maximum,
-        exp=jnp.exp(x - reference).sum(),
+        exp=jnp.exp(x - reference).sum(0),
         exp_x=total(entropy, reference),
         label_logit=label_logit,
         target=target_sums,
@@ -312,8 +322,12 @@ def partial_gradients(
     d nll = p·Σt - t,  d smooth_nll = p·Σw - w,  d log_z = p,  d entropy = -p·(log p + entropy).
     """
     logits, maximum = apart(logits, normalizer.maximum)
-    x, pull_softcap = jax.vjp(cap_logits, logits, softcap)
-    g = cotangents
+    if is_index(target):
+        hit = normalizer.label_possible if live is None else normalizer.label_possible & live
+        index = jnp.where(hit, target - first_class, -1)
+    maximum, live, normalizer, g = beside((maximum, live, normalizer, cotangents))
+    # What is left out could be NaN, which the sum of the soft cap's gradients would keep.
+    x, pull_softcap = jax.vjp(cap_logits, logits if softcap is None else keep(live, logits), softcap)
     # As in `partial_sums`, so that XLA:CPU can take it over from there.
     exp = jnp.exp(x - maximum)
     per_exp = jnp.exp(-normalizer.log_sum)
@@ -342,14 +356,14 @@ def partial_gradients(
             dweight += g.nll * nll * target.astype(x.dtype)
     dx = keep_row(live, dx)
     dtarget, dweight = keep(live, (dtarget, dweight))
+    if dweight is not None:
+        dweight = dweight.sum(range(1, x.ndim), keepdims=True)
     if g.nll is not None and is_index(target):
         # Last, so that what may be a scatter is not followed by another pass over the row.
-        hit = normalizer.label_possible if live is None else normalizer.label_possible & live
-        index = jnp.where(hit, target - first_class, -1)
         dx = subtract_at(dx, index, g.nll, in_place=logits.dtype.itemsize > 2)
     if softcap is None:
         return Gradients(dx, dtarget, dweight, None)
-    dx, dsoftcap = keep(live, pull_softcap(dx))
+    dx, dsoftcap = pull_softcap(dx)
     return Gradients(dx, dtarget, dweight, dsoftcap)
 
 
@@ -395,7 +409,7 @@ def subtract_at(x: Array, index: Array, value: Array, *, in_place: bool = True) 
     def scatter(x: Array, index: Array, value: Array) -> Array:
         return x.at[jnp.where(index < 0, classes, index)].add(-value, mode="drop")
 
-    if not in_place or classes <= _SHORT_ROW:
+    if not in_place or classes <= _SHORT_ROW or x.ndim > 1:
         return compare(x, index, value)
     return on_cpu(scatter, compare, x, index, value)
 
@@ -418,7 +432,7 @@ def even_slabs(num_classes: int) -> int:
 def row_sums(logits: Array, target: Target, weight: Array | None, softcap: Array | None, *, smooth: bool) -> Sums:
     """The sums over all classes, in the form that suits the platform."""
     whole = partial(partial_sums, smooth=smooth)
-    if logits.shape[0] <= _LONGEST_CPU_ROW:
+    if logits.shape[0] <= _LONGEST_CPU_ROW or logits.ndim > 1:
         return whole(logits, target, weight, softcap)
     return on_cpu(partial(sums_in_slabs, smooth=smooth), whole, logits, target, weight, softcap)
 
@@ -492,7 +506,7 @@ def softmax_stats(
     softcap: Array | None,
     live: Array | None,
 ) -> Stats:
-    """The numbers of one example: (C,) logits, its target, (C,) class weights, and whether it counts at all.
+    """The numbers of one example: (C,) logits, its target, class weights that fit them, and whether it counts at all.
 
     An example left out has zeros for numbers and for gradients, whatever its logits hold.
     """
@@ -532,22 +546,25 @@ def _negative_log_prob_fwd(
     if is_index(target):
         nll = jnp.where(target >= 0, -cap_logits(pick(log_probs, target), None), jnp.nan)
     else:
-        nll = honest(gap_to(jnp.zeros((), lp.dtype), lp, target_mass(target, weight, lp.dtype)).sum())
+        nll = honest(gap_to(jnp.zeros((), lp.dtype), lp, target_mass(target, weight, lp.dtype)).sum(0))
     return keep(live, nll), (log_probs, target, weight, live)
 
 
 def _negative_log_prob_bwd(residuals: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
     log_probs, target, weight, live = residuals
+    live, g = beside((live, g))
     lp = cap_logits(log_probs, None)
     dtarget, dweight = None, None
     if is_index(target):
-        dlp = subtract_at(jnp.zeros_like(lp), target, g) + jnp.where(target >= 0, jnp.zeros_like(g), jnp.nan)
+        bad = beside(jnp.where(target >= 0, jnp.zeros((), lp.dtype), jnp.nan))
+        dlp = subtract_at(jnp.zeros_like(lp), target, g) + bad
     else:
         nll = jnp.where(lp == -jnp.inf, 0, -lp)
         dlp = -g * target_mass(target, weight, lp.dtype)
         dtarget = keep(live, g * nll * (1 if weight is None else weight.astype(lp.dtype))).astype(target.dtype)
         if weight is not None:
-            dweight = keep(live, g * nll * target.astype(lp.dtype)).astype(weight.dtype)
+            dweight = keep(live, g * nll * target.astype(lp.dtype))
+            dweight = dweight.sum(range(1, lp.ndim), keepdims=True).astype(weight.dtype)
     return keep(live, dlp).astype(log_probs.dtype), dtarget, dweight, None
 
 
@@ -562,9 +579,9 @@ def log_probs(logits: Array, where: Array | None) -> Array:
 
 def _log_probs_fwd(logits: Array, where: Array | None) -> tuple[Array, tuple[Array, Array]]:
     x = logits if where is None else jnp.where(where, logits, -jnp.inf)
-    no_label = jnp.zeros((), jnp.int32)
+    no_label = jnp.zeros(x.shape[1:], jnp.int32)
     _, normalizer = read_stats(row_sums(x, no_label, None, None, smooth=False), no_label)
-    out = (cap_logits(x, None) - normalizer.maximum) - normalizer.log_sum
+    out = (cap_logits(x, None) - beside(normalizer.maximum)) - beside(normalizer.log_sum)
     if where is not None:
         out = jnp.where(where, out, -jnp.inf)
     return out, (out, jnp.zeros((), logits.dtype))
@@ -573,7 +590,7 @@ def _log_probs_fwd(logits: Array, where: Array | None) -> tuple[Array, tuple[Arr
 def _log_probs_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
     out, like = residuals
     g = jnp.where(out == -jnp.inf, 0, g)
-    return (g - jnp.exp(out) * g.sum()).astype(like.dtype), None
+    return (g - jnp.exp(out) * beside(g.sum(0))).astype(like.dtype), None
 
 
 log_probs.defvjp(_log_probs_fwd, _log_probs_bwd)

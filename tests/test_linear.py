@@ -199,6 +199,15 @@ def test_stats(loop):
     assert not any(g.any() for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_stats_of_probabilities_have_no_weights(loop):
+    arrays, labels = problem(np.float32), distributions((N, C))
+    options = {"weight": positive((C,), 5), "label_smoothing": 0.1, "return_stats": True}
+    _, got = jaxce.linear_cross_entropy(**arrays, labels=labels, strategy=loop, chunk_size=5, **options)
+    _, want = jaxce.cross_entropy(arrays["hidden"] @ arrays["kernel"] + arrays["bias"], labels, return_stats=True)
+    assert_close(got.nll, want.nll, 1e-5)
+
+
 # Precision
 
 
