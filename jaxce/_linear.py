@@ -108,8 +108,9 @@ def linear_cross_entropy(
       strategy: "tokens" is a loop over tokens with three matmuls: the gradients are made in the forward pass and held
         in float32. "classes" is a loop over classes with four matmuls, each of which finishes a part of a gradient: it
         takes the least memory. "auto" picks "tokens" on GPU and TPU where N tokens are many for D features, 16·D at
-        most N times the bytes of an entry of `hidden`: there it is faster, and its float32 gradients are small beside
-        the logits. Else, and for `reduction="none"`, it picks "classes".
+        most N times the bytes of an entry of `hidden`, and on a CPU where the kernel is small, D·C at most 2²²: there
+        it is faster, and its float32 gradients are small beside the logits. Else, and for `reduction="none"`, it picks
+        "classes".
       precision: of the matmuls, as for `jax.lax.dot_general`.
       weight: weight of each class, shape (num_classes,).
       sample_weight: weight of each token, of the labels' batch shape.
@@ -237,6 +238,10 @@ def choose_loop(strategy: Strategy, inputs: Inputs, reduction: str) -> Loop:
     if strategy != "auto":
         return strategy
     tokens, features = inputs.hidden.shape
-    # On a CPU a slab's logits stay in the cache, which makes up for the fourth matmul.
-    many_tokens = 16 * features <= tokens * inputs.hidden.dtype.itemsize and jax.default_backend() != "cpu"
-    return "tokens" if many_tokens and reduction != "none" else "classes"
+    if jax.default_backend() == "cpu":
+        # A slab's logits stay in the cache, which makes up for the fourth matmul; the gradient of a small kernel, which
+        # the loop over tokens adds to, does so too.
+        over_tokens = inputs.kernel.size <= 2**22
+    else:
+        over_tokens = 16 * features <= tokens * inputs.hidden.dtype.itemsize
+    return "tokens" if over_tokens and reduction != "none" else "classes"

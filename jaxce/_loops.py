@@ -530,9 +530,10 @@ def chunk_size(config: Config, inputs: Inputs) -> int:
         # A slab's logits are at most 8 million entries, and at most 1,024 wide: wider is no faster.
         return min(1024, max(256, power_of_two(2**23 // max(tokens, 1))))
     # Each chunk reads and writes the float32 gradient of the kernel, which takes about as long as the matmuls of a few
-    # hundred tokens; so a chunk may take as much memory as that gradient, and a quarter more.
+    # hundred tokens; so a chunk may take as much memory as that gradient, and a quarter more. And at least a million
+    # logits, below which the steps of the loop cost more than what they do.
     itemsize = matmul_dtype(inputs.hidden, inputs.kernel).itemsize
-    return max(128, power_of_two(5 * features // (4 + itemsize)))
+    return max(128, power_of_two(5 * features // (4 + itemsize)), power_of_two(2**20 // config.num_classes))
 
 
 def power_of_two(bound: int) -> int:

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._compose import Options, example_losses, example_weights, reduce_losses, times, weight_sum
-from jaxce._softmax_stats import Stats, is_index, log_probs, negative_log_prob, softmax_stats
+from jaxce._softmax_stats import Stats, is_index, log_probs, negative_log_prob, own, softmax_stats
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 
@@ -336,6 +336,6 @@ def _cross_entropy(
         return loss
     if class_weight is not None and not is_index(targets):
         stats = stats_of_examples(logits, targets, axis, None, logit_softcap, live, smooth=False)
-    predicted = jnp.argmax(logits, axis).astype(jnp.int32)
+    predicted = jnp.argmax(own(logits)[0], axis).astype(jnp.int32)
     read = LossStats(stats.nll, stats.log_z, stats.entropy, predicted, total_weight)
     return loss, lax.stop_gradient(read)

@@ -75,24 +75,25 @@ def is_index(target: Target) -> bool:
     return jnp.issubdtype(target.dtype, jnp.integer)
 
 
-def cap_logits(logits: Array, softcap: Array | None) -> Array:
-    """Logits in the dtype of computation, soft-capped; a class at -inf stays impossible under the cap."""
-    x = logits.astype(compute_dtype(logits.dtype))
-    if softcap is None:
-        return x
-    cap = softcap.astype(x.dtype)
-    impossible = x == -jnp.inf
-    return jnp.where(impossible, -jnp.inf, cap * jnp.tanh(jnp.where(impossible, 0, x) / cap))
-
-
 # What is summed over classes is written without comparisons and selects, and `one` is a 1 of each sum's own: XLA:CPU
 # fuses arithmetic alone into a sum, and stores in the logits' size all else, and any scalar that two sums share.
 
 
 def is_possible(x: Array, one: Array | float = 1.0) -> Array:
-    """1 where a logit is finite, 0 where it is -inf."""
+    """1 where a logit is finite, 0 where it is -inf; a constant to JAX."""
+    x = lax.stop_gradient(x)
     floor = float(jnp.finfo(x.dtype).min) / 2 * one
     return jnp.minimum(jnp.maximum(x * (one / 4), floor) - floor, one)
+
+
+def cap_logits(logits: Array, softcap: Array | None, one: Array | float = 1.0) -> Array:
+    """Logits in the dtype of computation, soft-capped; a class at -inf stays impossible under the cap."""
+    x = logits.astype(compute_dtype(logits.dtype))
+    if softcap is None:
+        return x
+    cap = softcap.astype(x.dtype)
+    capped = cap * jnp.tanh(jnp.maximum(x, float(jnp.finfo(x.dtype).min) / 2 * one) / cap)
+    return capped + jnp.log(is_possible(x, one))
 
 
 def gap_to(maximum: Array, x: Array, mass: Array, one: Array | float = 1.0) -> Array:
@@ -187,25 +188,27 @@ def partial_sums(
     is: a part may be all -inf without harm, a whole row may not, and without the care for it XLA:CPU fuses the maximum
     with the sum.
     """
-    x = cap_logits(logits, softcap)
-    if softcap is None:
-        # Exact in 16 bits; behind the barrier, XLA:CPU keeps no float32 copy of the logits for both passes.
-        maximum = lax.optimization_barrier(lax.stop_gradient(logits).max(0)).astype(x.dtype)
-    else:
-        maximum = lax.stop_gradient(x).max(0)
+    x = logits.astype(compute_dtype(logits.dtype))
+    # Exact in 16 bits, and the cap keeps the order; behind the barrier, XLA:CPU keeps no float32 copy of the logits for
+    # both passes.
+    maximum = cap_logits(lax.optimization_barrier(lax.stop_gradient(logits).max(0)), softcap)
     reference = beside(maximum if first_class is None else anchor(maximum))
     zero = jnp.zeros(x.shape[1:], x.dtype)
 
     def total(summand: Callable[..., Array], *arrays: Array | None) -> Array:
         """The sum of `summand(one, x, *arrays)` over the classes."""
-        own_logits, one, *own_arrays = own(logits, jnp.ones((), x.dtype), *arrays)
-        return summand(lax.stop_gradient(one), cap_logits(own_logits, softcap), *own_arrays).sum(0)
+        own_logits, own_softcap, one, *own_arrays = own(logits, softcap, jnp.ones((), x.dtype), *arrays)
+        one = lax.stop_gradient(one)
+        return summand(one, cap_logits(own_logits, own_softcap, one), *own_arrays).sum(0)
 
     def mass_sums(mass: Callable[..., Array], *arrays: Array | None) -> tuple[Array, Array]:
         def gap(one: Array, x: Array, reference: Array, *arrays: Array | None) -> Array:
             return gap_to(reference, x, mass(one, x, *arrays), one)
 
         return total(gap, reference, *arrays), total(mass, *arrays)
+
+    def exponential(_: Array, x: Array, reference: Array) -> Array:
+        return jnp.exp(x - reference)
 
     def entropy(one: Array, x: Array, reference: Array) -> Array:
         # The exponential of -1000 is 0.
@@ -223,7 +226,8 @@ def partial_sums(
         smooth_sums = mass_sums(lambda one, x, weight: smooth_mass(x, weight, one), weight)
     return Sums(
         maximum=maximum,
-        exp=jnp.exp(x - reference).sum(0),
+        # Without a cap, the backward pass may share it.
+        exp=total(exponential, reference) if softcap is not None else jnp.exp(x - reference).sum(0),
         exp_x=total(entropy, reference),
         label_logit=label_logit,
         target=target_sums,
@@ -242,6 +246,8 @@ def own(x: Array, *others: Array | None) -> tuple[Any, ...]:
 
 def merge(parts: Sums) -> Sums:
     """The sums over all classes, from those over disjoint parts of them, stacked along axis 0."""
+    # A barrier, or XLA makes one sum of the parts' sums, stores what it is the sum of, and takes the parts' from there.
+    parts = lax.optimization_barrier(parts)
     maximum = parts.maximum.max(0)
     reference = anchor(maximum)
     scale = jnp.exp(parts.maximum - reference)
@@ -321,7 +327,7 @@ def partial_gradients(
 
     d nll = p·Σt - t,  d smooth_nll = p·Σw - w,  d log_z = p,  d entropy = -p·(log p + entropy).
     """
-    logits, maximum = apart(logits, normalizer.maximum)
+    logits, maximum, softcap = apart(logits, normalizer.maximum, softcap)
     if is_index(target):
         hit = normalizer.label_possible if live is None else normalizer.label_possible & live
         index = jnp.where(hit, target - first_class, -1)
@@ -360,26 +366,27 @@ def partial_gradients(
         dweight = dweight.sum(range(1, x.ndim), keepdims=True)
     if g.nll is not None and is_index(target):
         # Last, so that what may be a scatter is not followed by another pass over the row.
-        dx = subtract_at(dx, index, g.nll, in_place=logits.dtype.itemsize > 2)
+        dx = subtract_at(dx, index, g.nll, in_place=logits.dtype.itemsize > 2 and softcap is None)
     if softcap is None:
         return Gradients(dx, dtarget, dweight, None)
     dx, dsoftcap = pull_softcap(dx)
     return Gradients(dx, dtarget, dweight, dsoftcap)
 
 
-def apart(logits: Array, maximum: Array) -> tuple[Array, Array]:
+def apart(logits: Array, maximum: Array, softcap: Array | None) -> tuple[Array, Array, Array | None]:
     """The same, behind a barrier: XLA keeps no array of the logits' size from the forward pass for the backward pass.
 
     Except on a CPU where the gradient, of 32 bits or more, has the room for one: there exponentials cost more.
     """
 
-    def kept(logits: Array, maximum: Array) -> tuple[Array, Array]:
-        return logits, maximum
+    def kept(*arrays: Array | None) -> Any:
+        return arrays
 
-    def parted(logits: Array, maximum: Array) -> tuple[Array, Array]:
-        return lax.optimization_barrier((logits, maximum))
+    def parted(*arrays: Array | None) -> Any:
+        return lax.optimization_barrier(arrays)
 
-    return on_cpu(kept if logits.dtype.itemsize > 2 else parted, parted, logits, maximum)
+    keeps = logits.dtype.itemsize > 2 and softcap is None
+    return on_cpu(kept if keeps else parted, parted, logits, maximum, softcap)
 
 
 # Up to this many classes, XLA:CPU vectorizes differently: over rows and classes in one (benchmarks/cross_entropy.py).
