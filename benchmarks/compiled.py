@@ -1,15 +1,18 @@
-"""What the compilers for a TPU v5e and an H200 make of `linear_cross_entropy`, on a machine that has neither.
+"""What the compilers for a TPU v5e and an H200 make of the losses, on a machine that has neither.
 
-    pip install "jax[tpu]" jax-cuda13-plugin jax-cuda13-pjrt
+    pip install "jax[tpu]" jax-cuda13-plugin jax-cuda13-pjrt optax
     python benchmarks/compiled.py
 
-For the loss with both gradients, bfloat16: temporary memory, matmuls as flops over 2NDC, the dtypes of their operands,
-and how often an array of a chunk's logits is written and read in the generated code. Prints a Markdown table.
+All in bfloat16. For `linear_cross_entropy` with both gradients: temporary memory, matmuls as flops over 2NDC, the
+dtypes of their operands, and how often an array of a chunk's logits is written and read in the generated code. For
+`cross_entropy`: temporary memory as a share of the logits, and how often arrays of their size are written and read.
+Prints two Markdown tables.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,6 +23,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr, Jaxpr
@@ -28,6 +32,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxce
 
 SHAPES = ((8_192, 4_096, 128_256), (32_768, 2_560, 128_256))
+# Logits, and their class axis.
+LOGITS = (((8_192, 128_256), 1), ((65_536, 1_000), 1), ((65_536, 10), 1), ((64, 21, 256, 256), 1))
 
 # The card's published limits, in the form that XLA reads.
 H200 = """
@@ -100,9 +106,9 @@ def passes(hlo: str, entries: int) -> tuple[int, int]:
                 continue
             name, shape, operation, operands = match.groups()
             sizes = [np.prod([int(d) for d in dims.split(",") if d]) for dims in re.findall(r"\[([\d,]*)\]", shape)]
-            if operation in ("parameter", "tuple", "while", "constant"):
+            if operation in ("tuple", "while", "constant"):
                 continue
-            if operation not in ("get-tuple-element", "bitcast"):
+            if operation not in ("parameter", "get-tuple-element", "bitcast"):
                 read += sum(operand in large for operand in re.findall(r"%[\w.-]+", operands))
                 written += sum(size == entries for size in sizes)
             if any(size == entries for size in sizes):
@@ -130,6 +136,29 @@ def row(name: str, label: str, loss: Callable[..., Array], shape: tuple[int, int
     return f"| {name} | {shape} | {label} | {temp:.2f} | {flops:.1f} | {operands} | {written} / {read} |"
 
 
+def optax_loss(axis: int) -> Callable[..., Array]:
+    def loss(logits: Array, labels: Array) -> Array:
+        x = logits.astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(x, labels, axis=axis).mean()
+
+    return loss
+
+
+def logits_row(
+    name: str, label: str, loss: Callable[..., Array], shape: tuple[int, ...], axis: int, gradient: bool
+) -> str:
+    mesh = Mesh(np.array([device(name)]), ("x",))
+    placed = NamedSharding(mesh, PartitionSpec())
+    logits = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=placed)
+    labels = jax.ShapeDtypeStruct(shape[:axis] + shape[axis + 1 :], jnp.int32, sharding=placed)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(jax.value_and_grad(loss) if gradient else loss).lower(logits, labels).compile()
+    written, read = passes(compiled.as_text(), logits.size)
+    temp = compiled.memory_analysis().temp_size_in_bytes / (2 * logits.size)
+    what = "loss and gradient" if gradient else "loss"
+    return f"| {name} | {shape} | {what} | {label} | {temp:.1%} | {written} / {read} |"
+
+
 def chunk_sizes(jaxpr: Jaxpr, shape: tuple[int, int, int]) -> Iterator[int]:
     """Entries of the logits that one step of a loop makes: the output of the matmul over all D features."""
     n, d, c = shape
@@ -154,6 +183,13 @@ def main() -> None:
                     print(row(name, label, loss, shape), flush=True)
                 except jax.errors.JaxRuntimeError as error:
                     print(f"| {name} | `{shape}` | {label} | doesn't fit: {str(error).splitlines()[0][:80]} | | | |")
+    print("\n| compiled for | logits | | | temporaries | logits written / read |")
+    print("|---|---|---|---|---|---|")
+    for name in ("H200", "TPU v5e"):
+        for shape, axis in LOGITS:
+            for gradient in (False, True):
+                for label, loss in (("jaxce", partial(jaxce.cross_entropy, axis=axis)), ("optax", optax_loss(axis))):
+                    print(logits_row(name, label, loss, shape, axis, gradient), flush=True)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,9 @@ def fused(strategy: str) -> Callable[..., Array]:
 
 def tokamax_loss(hidden: Array, kernel: Array, labels: Array) -> Array:
     import tokamax
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # or tokamax reads the command line of this script
 
     return tokamax.linear_softmax_cross_entropy_loss(hidden, labels, kernel, reduction="mean")
 

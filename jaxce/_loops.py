@@ -527,8 +527,8 @@ def chunk_size(config: Config, inputs: Inputs) -> int:
         return config.chunk_size
     tokens, features = inputs.hidden.shape
     if config.loop == "classes":
-        # A slab's logits are at most 8 million entries, and at most 1,024 wide: wider is no faster.
-        return min(1024, max(256, power_of_two(2**23 // max(tokens, 1))))
+        # A slab's logits are at most 8 million entries. Few tokens need wider slabs to be worth a step of the loop.
+        return min(2048 if tokens <= 1024 else 1024, max(256, power_of_two(2**23 // max(tokens, 1))))
     # Each chunk reads and writes the float32 gradient of the kernel, which takes about as long as the matmuls of a few
     # hundred tokens; so a chunk may take as much memory as that gradient, and a quarter more. And at least a million
     # logits, below which the steps of the loop cost more than what they do.
