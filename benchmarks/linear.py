@@ -209,7 +209,7 @@ def measure(shape: Shape, dtype: str, seconds: float) -> dict[str, Any]:
     problem = Problem.of(shape, dtype)
     timed, failed = ready(problem, contestants())
     timed = {"3 matmuls": floor(problem), **timed}
-    harness.measure(timed, seconds, rounds=3)
+    harness.measure(timed, seconds, rounds=5)
     return {
         "shape": shape,
         "dtype": dtype,
