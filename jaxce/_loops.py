@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero
 
 from jaxce._compose import ExampleWeights, Options, example_losses
 from jaxce._softmax_stats import (
@@ -32,6 +32,7 @@ from jaxce._softmax_stats import (
     merge,
     partial_gradients,
     partial_sums,
+    primal_values,
     read_stats,
     row_sums,
     scan_chunks,
@@ -238,10 +239,6 @@ def backward_chunk(
         hidden=project.hidden_gradient(narrow, inputs.kernel) if wanted.hidden else None,
         targets=gradients.target if wanted.targets else None,
     )
-
-
-def primal_values(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
 
 
 def wanted_gradients(inputs: Any) -> Wanted:

@@ -521,10 +521,13 @@ def softmax_stats(
     return keep(live, stats)
 
 
+def primal_values(tree: Any) -> Any:
+    """The arrays that a forward rule is given with `symbolic_zeros`."""
+    return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+
+
 def _softmax_stats_fwd(smooth: bool, *inputs: Any) -> tuple[Stats, tuple[Any, ...]]:
-    logits, target, weight, softcap, live = jax.tree.map(
-        lambda primal: primal.value, inputs, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal)
-    )
+    logits, target, weight, softcap, live = primal_values(inputs)
     stats, normalizer = read_stats(row_sums(logits, target, weight, softcap, smooth=smooth), target)
     return keep(live, stats), (logits, target, weight, softcap, live, normalizer)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FLOAT_DTYPES, HALF_DTYPES, assert_close, distributions, indices, normal
+from helpers import FLOAT_DTYPES, HALF_DTYPES, assert_close, distributions, indices, normal, positive
 
 import jaxce
 
@@ -159,3 +159,29 @@ def test_the_loss_is_wide_and_each_gradient_has_its_inputs_dtype(x64, dtype):
     assert [g.dtype for g in grads] == [dtype, jnp.bfloat16, jnp.float16]
     assert jaxce.log_softmax(logits).dtype == loss.dtype
     assert jax.grad(lambda x: jaxce.log_softmax(x)[0, 0])(logits).dtype == dtype
+
+
+def test_a_probability_of_an_impossible_class_is_infinite():
+    logits = jnp.array([0.0, -jnp.inf, 1.0])
+    for probabilities, finite in (([0.5, 0.5, 0.0], False), ([0.5, 0.0, 0.5], True)):
+        labels = jnp.array(probabilities)
+        assert bool(jnp.isfinite(jaxce.cross_entropy(logits, labels))) == finite
+        assert bool(jnp.isfinite(jaxce.nll_loss(logits, labels))) == finite
+
+
+def test_what_is_left_out_behind_the_class_axis_reaches_no_gradient():
+    logits, labels, weight = normal((3, 5, 4)), indices((3, 4), 5), positive((5,), 1)
+    live = jnp.arange(12).reshape(3, 4) % 3 != 0
+
+    def gradients(logits, axis):
+        def loss(x, cap, weight):
+            options = {"weight": weight, "logit_softcap": cap, "label_smoothing": 0.1}
+            return jaxce.cross_entropy(x, labels, axis=axis, where=live, **options)
+
+        return jax.grad(loss, (0, 1, 2))(logits, jnp.array(2.0), weight)
+
+    dirty = gradients(jnp.where(live[:, None], logits, jnp.nan), 1)
+    clean = gradients(jnp.moveaxis(logits, 1, -1), -1)
+    assert_close(jnp.moveaxis(dirty[0], 1, -1), clean[0], 1e-5)
+    assert_close(dirty[1], clean[1], 1e-5)
+    assert_close(dirty[2], clean[2], 1e-5)
