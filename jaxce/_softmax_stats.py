@@ -247,7 +247,8 @@ def own(x: Array, *others: Array | None) -> tuple[Any, ...]:
 def merge(parts: Sums) -> Sums:
     """The sums over all classes, from those over disjoint parts of them, stacked along axis 0."""
     # A barrier, or XLA makes one sum of the parts' sums, stores what it is the sum of, and takes the parts' from there.
-    parts = lax.optimization_barrier(parts)
+    # One for each number, so that what nobody reads isn't computed.
+    parts = jax.tree.map(lax.optimization_barrier, parts)
     maximum = parts.maximum.max(0)
     reference = anchor(maximum)
     scale = jnp.exp(parts.maximum - reference)

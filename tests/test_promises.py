@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,31 @@ def test_what_is_off_costs_nothing(same, wrap):
     assert costs[0] == costs[1]
     more = compiled(wrap(lambda x, y: jaxce.cross_entropy(x, y, label_smoothing=0.1)), (64, 300), jnp.float32)
     assert more.cost_analysis()["flops"] > costs[0]["flops"]
+
+
+ROW = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("loss", "arrays"),
+    [
+        (jaxce.cross_entropy, [(4, 300)]),
+        (jaxce.cross_entropy, [(4, 65_536)]),
+        (jaxce.cross_entropy, [(4, 50_257)]),
+        (partial(jaxce.linear_cross_entropy, strategy="tokens", chunk_size=2), [(4, 8), (8, 300)]),
+        (partial(jaxce.linear_cross_entropy, strategy="classes", chunk_size=100), [(4, 8), (8, 300)]),
+    ],
+    ids=["short rows", "equal slabs", "a loop over slabs", "tokens", "classes"],
+)
+def test_the_entropy_costs_nothing_where_nobody_reads_it(loss, arrays):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in arrays]
+
+    def flops(read):
+        return jax.jit(read).lower(*arrays, ROW).compile().cost_analysis()["flops"]
+
+    alone, read = flops(loss), flops(lambda *a: (loss(*a), loss(*a, return_stats=True)[1].entropy))
+    # Two operations for each logit of a slab.
+    assert read > 1.2 * alone
 
 
 def test_new_values_compile_nothing(compilations):
