@@ -2,19 +2,23 @@
 
 import math
 from functools import partial
-from typing import Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 from jax import Array, lax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes
 from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._compose import Options, divide, example_losses, example_weights, weight_sum
 from jaxce._loops import Config, Inputs, Loop, linear_stats, matmul_dtype, summed_loss
 from jaxce._losses import LossStats, Reduction
-from jaxce._softmax_stats import compute_dtype, is_index
+from jaxce._softmax_stats import compute_dtype, is_index, vary_alike
 
 Strategy: TypeAlias = Literal["auto", "tokens", "classes"]
+
+# On a CPU, "auto" is "tokens" for kernels of at most so many entries, whose gradient stays in the cache.
+SMALL_KERNEL = 2**22
 
 
 @overload
@@ -110,7 +114,8 @@ def linear_cross_entropy(
         takes the least memory. "auto" picks "tokens" on GPU and TPU where N tokens are many for D features, 16·D at
         most N times the bytes of an entry of `hidden`, and on a CPU where the kernel is small, D·C at most 2²²: there
         it is faster, and its float32 gradients are small beside the logits. Else, and for `reduction="none"`, it picks
-        "classes".
+        "classes"; on a CPU with float32 that keeps the logits of D tokens where the kernel's gradient will be, and has
+        3 matmuls for up to D tokens, 4 - D/N for more.
       precision: of the matmuls, as for `jax.lax.dot_general`.
       weight: weight of each class, shape (num_classes,).
       sample_weight: weight of each token, of the labels' batch shape.
@@ -203,30 +208,73 @@ def _linear_cross_entropy(
     _checks.weight(weight, num_classes)
     _checks.sample_weight(sample_weight, batch)
 
-    # The batch axes become one axis of tokens.
-    tokens = math.prod(batch)
-    hidden, targets, live, sample_weight = jax.tree.map(
-        lambda array: array.reshape(tokens, *array.shape[len(batch) :]), (hidden, targets, live, sample_weight)
-    )
     smooth = label_smoothing is not None
     class_weight = weight if smooth or not is_index(targets) else None
     inputs = Inputs(hidden, kernel, bias, targets, class_weight, logit_softcap, live)
-    dtype = compute_dtype(matmul_dtype(hidden, kernel))
+    auto = strategy == "auto"
+    config = Config(
+        loop=choose_loop(strategy, inputs, reduction),
+        either_loop=auto,
+        # With more devices than one, the tokens could lie on others than the gradient of the kernel.
+        keeps_logits=auto and jax.default_backend() == "cpu" and jax.device_count() == 1,
+        chunk_size=chunk_size,
+        num_classes=num_classes,
+        transpose_kernel=transpose_kernel,
+        precision=precision,
+        smooth=smooth,
+    )
+    compute = partial(_loss_and_stats, config, reduction, return_stats)
+    mesh = explicit_mesh(inputs)
+    if mesh is not None:
+        # Inside of it, XLA places the arrays.
+        of_batch: Any = NamedSharding(mesh, PartitionSpec(*jax.typeof(hidden).sharding.spec[: len(batch)]))
+        scalar: Any = NamedSharding(mesh, PartitionSpec())
+        out = of_batch if reduction == "none" else scalar
+        stats = LossStats(of_batch, of_batch, of_batch, of_batch, scalar)
+        compute = auto_axes(compute, out_sharding=(out, stats) if return_stats else out)
+    return compute(inputs, sample_weight, weight, Options(label_smoothing, z_loss))
+
+
+def explicit_mesh(inputs: Inputs) -> AbstractMesh | None:
+    """The mesh with explicit axes on which some of the inputs lie."""
+    for array in jax.tree.leaves(inputs):
+        mesh = jax.typeof(array).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def _loss_and_stats(
+    config: Config,
+    reduction: str,
+    return_stats: bool,
+    inputs: Inputs,
+    sample_weight: Array | None,
+    weight: Array | None,
+    options: Options,
+) -> Array | tuple[Array, LossStats]:
+    inputs, sample_weight, weight, options = vary_alike((inputs, sample_weight, weight, options))
+    # The batch axes become one axis of tokens.
+    batch = inputs.hidden.shape[:-1]
+    tokens = math.prod(batch)
+    hidden, targets, live, sample_weight = jax.tree.map(
+        lambda array: array.reshape(tokens, *array.shape[len(batch) :]),
+        (inputs.hidden, inputs.targets, inputs.live, sample_weight),
+    )
+    inputs = inputs._replace(hidden=hidden, targets=targets, live=live)
+    dtype = compute_dtype(matmul_dtype(hidden, inputs.kernel))
     weights = example_weights(targets, live, sample_weight, weight, dtype)
-    options = Options(label_smoothing, z_loss)
-    loop = choose_loop(strategy, inputs, reduction)
-    config = Config(loop, strategy == "auto", chunk_size, num_classes, transpose_kernel, precision, smooth)
     total_weight = weight_sum(weights, live, jax.ShapeDtypeStruct((tokens,), dtype))
     if reduction == "none":
         stats, predicted = linear_stats(config, inputs)
-        loss = example_losses(stats, weights, num_classes, options).reshape(batch)
+        loss = example_losses(stats, weights, config.num_classes, options).reshape(batch)
     else:
         loss, (stats, predicted) = summed_loss(config, inputs, weights, options)
         if reduction == "mean":
             loss = divide(loss, total_weight)
     if not return_stats:
         return loss
-    if class_weight is not None and not is_index(targets):
+    if inputs.class_weight is not None and not is_index(targets):
         stats, _ = linear_stats(config._replace(smooth=False), inputs._replace(class_weight=None))
     per_token = (stats.nll, stats.log_z, stats.entropy, predicted)
     nll, log_z, entropy, predicted = (array.reshape(batch) for array in per_token)
@@ -237,11 +285,11 @@ def choose_loop(strategy: Strategy, inputs: Inputs, reduction: str) -> Loop:
     """The loop for "auto": see the docstring of `linear_cross_entropy`, and docs/linear.md for what was measured."""
     if strategy != "auto":
         return strategy
-    tokens, features = inputs.hidden.shape
+    *batch, features = inputs.hidden.shape
     if jax.default_backend() == "cpu":
         # A slab's logits stay in the cache, which makes up for the fourth matmul; the gradient of a small kernel, which
         # the loop over tokens adds to, does so too.
-        over_tokens = inputs.kernel.size <= 2**22
+        over_tokens = inputs.kernel.size <= SMALL_KERNEL
     else:
-        over_tokens = 16 * features <= tokens * inputs.hidden.dtype.itemsize
+        over_tokens = 16 * features <= math.prod(batch) * inputs.hidden.dtype.itemsize
     return "tokens" if over_tokens and reduction != "none" else "classes"

@@ -5,14 +5,15 @@ N tokens, D features, C classes. Both compute the same numbers:
     over tokens   a chunk of tokens against all classes; `summed_loss` also has the gradients of the chunk there and
                   then, since a mean or a sum gives every token a cotangent that is known: three matmuls in all
     over classes  all tokens against a slab of classes; the backward pass makes each slab's logits again: four matmuls
-                  in all, and no array larger than N×slab, N×D or the gradients themselves
+                  in all, and no array larger than N×slab, N×D or the gradients themselves. It need not make those of
+                  D tokens, for which the kernel's gradient has room until it is there itself (`Room`)
 
 A loop runs over whole chunks and then, outside of it, over what is left, so that nothing is padded or counted twice.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -26,6 +27,7 @@ from jaxce._softmax_stats import (
     Normalizer,
     Stats,
     Sums,
+    Tree,
     compute_dtype,
     is_index,
     keep,
@@ -46,6 +48,7 @@ class Config(NamedTuple):
 
     loop: Loop
     either_loop: bool  # the other loop may be taken where fewer gradients are wanted
+    keeps_logits: bool  # the loop over classes keeps some of them for the backward pass, see `Room`
     chunk_size: int | None  # tokens or classes at a time
     num_classes: int  # columns of the kernel beyond these are padding
     transpose_kernel: bool
@@ -175,15 +178,16 @@ class PerToken(NamedTuple):
     targets: Array | None
 
 
-def zero_sums(inputs: Inputs, wanted: Wanted, dtype: jnp.dtype) -> Summed:
-    def zeros(like: Array | None, want: bool) -> Array | None:
-        return jnp.zeros(like.shape, dtype) if want and like is not None else None
+def zeros(like: Array | None, want: bool, dtype: jnp.dtype | None = None) -> Array | None:
+    return jnp.zeros_like(like, dtype) if want and like is not None else None
 
+
+def zero_sums(inputs: Inputs, wanted: Wanted, dtype: jnp.dtype) -> Summed:
     return Summed(
-        zeros(inputs.kernel, wanted.kernel),
-        zeros(inputs.bias, wanted.bias),
-        zeros(inputs.class_weight, wanted.class_weight),
-        zeros(inputs.softcap, wanted.softcap),
+        zeros(inputs.kernel, wanted.kernel, dtype),
+        zeros(inputs.bias, wanted.bias, dtype),
+        zeros(inputs.class_weight, wanted.class_weight, dtype),
+        zeros(inputs.softcap, wanted.softcap, dtype),
     )
 
 
@@ -211,34 +215,34 @@ def logit_gradients(
     return jax.vmap(one)(logits, inputs.targets, inputs.live, normalizer, cotangents)
 
 
-def backward_chunk(
+def gradient_shares(
     config: Config,
     wanted: Wanted,
     inputs: Inputs,
     logits: Array,
     normalizer: Normalizer,
     cotangents: Cotangents,
-    sums: Summed,
+    first_class: Array | int = 0,
 ) -> tuple[Summed, PerToken]:
-    """Adds the chunk's share to the summed gradients, and returns those of its tokens."""
+    """What these tokens and classes add to each gradient that is wanted."""
     project = Projection(config)
-    gradients = logit_gradients(inputs, logits, normalizer, cotangents)
+    gradients = logit_gradients(inputs, logits, normalizer, cotangents, first_class)
     # In the inputs' dtype, so that the backward matmuls are too.
     narrow = gradients.logits.astype(matmul_dtype(inputs.hidden, inputs.kernel))
-
-    def add(total: Array | None, share: Callable[[], Array]) -> Array | None:
-        return None if total is None else total + share()
-
     summed = Summed(
-        kernel=add(sums.kernel, lambda: project.kernel_gradient(inputs.hidden, narrow)),
-        bias=add(sums.bias, lambda: gradients.logits.sum(0)),
-        class_weight=add(sums.class_weight, lambda: gradients.weight.sum(0)),
-        softcap=add(sums.softcap, lambda: gradients.softcap.sum(0)),
+        kernel=project.kernel_gradient(inputs.hidden, narrow) if wanted.kernel else None,
+        bias=gradients.logits.sum(0) if wanted.bias else None,
+        class_weight=gradients.weight.sum(0) if wanted.class_weight else None,
+        softcap=gradients.softcap.sum(0) if wanted.softcap else None,
     )
     return summed, PerToken(
         hidden=project.hidden_gradient(narrow, inputs.kernel) if wanted.hidden else None,
         targets=gradients.target if wanted.targets else None,
     )
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    return jax.tree.map(jnp.add, a, b)
 
 
 def wanted_gradients(inputs: Any) -> Wanted:
@@ -253,13 +257,14 @@ def wanted_gradients(inputs: Any) -> Wanted:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear_stats(config: Config, inputs: Inputs) -> tuple[Stats, Array]:
     """The numbers of every token, and the class of its largest logit."""
-    stats, _, predicted = forward_stats(config, inputs)
+    stats, _, predicted, _ = forward_stats(config, inputs, None)
     return stats, predicted
 
 
-def forward_stats(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Array]:
+def forward_stats(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, Normalizer, Array, Array | None]:
+    """The numbers of every token, and the class of its largest logit; and the room, with logits in it."""
     if config.loop == "classes":
-        return forward_over_classes(config, inputs)
+        return forward_over_classes(config, inputs, room)
     inputs = cut_padding(config, inputs)
 
     def step(_: None, start: Array | int, size: int) -> tuple[None, Any]:
@@ -267,22 +272,24 @@ def forward_stats(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Ar
         return None, forward_chunk(config, part, chunk_logits(config, part))
 
     _, outs = scan_chunks(step, None, inputs.hidden.shape[0], chunk_size(config, inputs))
-    return join(outs)
+    return *join(outs), None
 
 
 def _linear_stats_fwd(config: Config, inputs: Any) -> tuple[Any, Any]:
     wanted = wanted_gradients(inputs)
     inputs = primal_values(inputs)
-    stats, normalizer, predicted = forward_stats(config, inputs)
-    return (stats, predicted), (inputs, normalizer, wanted)
+    stats, normalizer, predicted, room = forward_stats(config, inputs, empty_room(config, wanted, inputs))
+    return (stats, predicted), (inputs, normalizer, wanted, room)
 
 
 def _linear_stats_bwd(config: Config, residuals: Any, cotangents: Any) -> tuple[Inputs]:
-    inputs, normalizer, wanted = residuals
+    inputs, normalizer, wanted, room = residuals
     stats, _ = cotangents
     cotangents = Cotangents(*(None if isinstance(g, SymbolicZero) else g for g in stats))
-    backward = backward_over_classes if config.loop == "classes" else backward_over_tokens
-    sums, per_token = backward(config, wanted, inputs, normalizer, cotangents)
+    if config.loop == "classes":
+        sums, per_token = backward_over_classes(config, wanted, inputs, normalizer, cotangents, room)
+    else:
+        sums, per_token = backward_over_tokens(config, wanted, inputs, normalizer, cotangents)
     return (as_cotangents(inputs, sums, per_token),)
 
 
@@ -309,7 +316,8 @@ def backward_over_tokens(
         part = take_chunk(inputs, start, size)
         logits = chunk_logits(config, part)
         part_normalizer, part_cotangents = take_tokens((normalizer, cotangents), start, size)
-        return backward_chunk(config, wanted, part, logits, part_normalizer, part_cotangents, sums)
+        shares, per_token = gradient_shares(config, wanted, part, logits, part_normalizer, part_cotangents)
+        return add(sums, shares), per_token
 
     sums = zero_sums(inputs, wanted, normalizer.log_sum.dtype)
     sums, outs = scan_chunks(step, sums, inputs.hidden.shape[0], chunk_size(config, inputs))
@@ -332,38 +340,73 @@ def take_slab(config: Config, inputs: Inputs, start: Array | int, size: int) -> 
     )
 
 
-def forward_over_classes(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Array]:
-    project = Projection(config)
+class Room(NamedTuple):
+    """Where the kernel's gradient will be. Until a slab of it is there, it holds the slab's logits of D tokens."""
 
-    def slab_sums(start: Array | int, size: int) -> tuple[Sums, Array]:
+    config: Config
+    tokens: int  # how many have room, the first ones; N where there are fewer than D
+
+    def _place(self, start: Array | int, size: int) -> tuple[list[Array], tuple[int, int]]:
+        classes_first = self.config.transpose_kernel
+        place = [start, 0] if classes_first else [0, start]
+        shape = (size, self.tokens) if classes_first else (self.tokens, size)
+        return [jnp.asarray(index, jnp.int32) for index in place], shape
+
+    def keep(self, room: Array, logits: Array, start: Array | int) -> Array:
+        """`room` with the logits of the slab of classes from `start`."""
+        place, shape = self._place(start, logits.shape[1])
+        return lax.dynamic_update_slice(room, logits[: self.tokens].reshape(shape), place)
+
+    def logits(self, room: Array, start: Array | int, size: int) -> Array:
+        """The (tokens, size) logits that were kept."""
+        return lax.dynamic_slice(room, *self._place(start, size)).reshape(self.tokens, size)
+
+
+def empty_room(config: Config, wanted: Wanted, inputs: Inputs) -> Array | None:
+    """Room for logits in the gradient of the kernel, if there is to be one and they fit: of the logits' own dtype."""
+    dtype = compute_dtype(matmul_dtype(inputs.hidden, inputs.kernel))
+    # The gradients of class probabilities are as large as the logits: not to be put together from two parts.
+    if not (config.keeps_logits and wanted.kernel) or wanted.targets or inputs.kernel.dtype != dtype:
+        return None
+    return jnp.zeros_like(inputs.kernel)
+
+
+def forward_over_classes(
+    config: Config, inputs: Inputs, room: Array | None
+) -> tuple[Stats, Normalizer, Array, Array | None]:
+    kept = Room(config, min(inputs.hidden.shape))
+
+    def step(
+        carry: tuple[tuple[Sums, Array] | None, Array | None], start: Array | int, size: int
+    ) -> tuple[tuple[tuple[Sums, Array], Array | None], None]:
+        totals, room = carry
         slab = take_slab(config, inputs, start, size)
-        logits = project.logits(slab.hidden, slab.kernel, slab.bias)
+        logits = chunk_logits(config, slab)
         one = partial(partial_sums, smooth=config.smooth, first_class=start)
-        sums = jax.vmap(one, (0, 0, None, None))(logits, slab.targets, slab.class_weight, slab.softcap)
-        return sums, start + jnp.argmax(logits, -1).astype(jnp.int32)
-
-    def step(carry: tuple[Sums, Array] | None, start: Array | int, size: int) -> tuple[tuple[Sums, Array], None]:
-        part, part_best = slab_sums(start, size)
-        if carry is None:
-            return (part, part_best), None
-        sums, best = carry
+        part = jax.vmap(one, (0, 0, None, None))(logits, slab.targets, slab.class_weight, slab.softcap)
+        part_best = start + jnp.argmax(logits, -1).astype(jnp.int32)
+        if room is not None:
+            room = kept.keep(room, logits, start)
+        if totals is None:
+            return ((part, part_best), room), None
+        sums, best = totals
         # The first of equal logits, and NaN above all, as in argmax.
         ahead = (part.maximum > sums.maximum) | (jnp.isnan(part.maximum) & ~jnp.isnan(sums.maximum))
         stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), sums, part)
-        return (merge(stacked), jnp.where(ahead, part_best, best)), None
+        return ((merge(stacked), jnp.where(ahead, part_best, best)), room), None
 
     # The first slab starts the sums, so that merging has no empty sums to know of.
     size = min(chunk_size(config, inputs), config.num_classes)
-    carry, _ = step(None, 0, size)
+    carry, _ = step((None, room), 0, size)
 
     def later(carry: Any, start: Array | int, width: int) -> tuple[Any, None]:
         return step(carry, start + size, width)
 
     if config.num_classes > size:
         carry, _ = scan_chunks(later, carry, config.num_classes - size, size)
-    sums, predicted = carry
+    (sums, predicted), room = carry
     stats, normalizer = jax.vmap(read_stats)(sums, inputs.targets)
-    return keep(inputs.live, stats), normalizer, predicted
+    return keep(inputs.live, stats), normalizer, predicted, room
 
 
 def backward_over_classes(
@@ -372,6 +415,7 @@ def backward_over_classes(
     inputs: Inputs,
     normalizer: Normalizer,
     cotangents: Cotangents,
+    room: Array | None,
     scale: Array | float = 1.0,
 ) -> tuple[Summed, PerToken]:
     """Each slab's share of the kernel's gradient is final: it is rounded and written where it belongs.
@@ -379,53 +423,57 @@ def backward_over_classes(
     Everything is multiplied by `scale` after the matmuls: one over the number of tokens would take the small logit
     gradients out of float16's range before them.
     """
-    inputs = inputs._replace(hidden=drop_dead(inputs.live, inputs.hidden))
-    project = Projection(config)
     dtype = normalizer.log_sum.dtype
+    tokens = inputs.hidden.shape[0]
+    # The tokens whose logits are kept, and the others.
+    kept = Room(config, 0 if room is None else min(inputs.hidden.shape))
+    spans = list(pairwise([0, kept.tokens, tokens] if 0 < kept.tokens < tokens else [0, tokens]))
+    parts = [take_chunk(inputs, start, end - start) for start, end in spans]
+    numbers = [take_tokens((normalizer, cotangents), start, end - start) for start, end in spans]
 
-    def zeros(like: Array | None, want: bool, dtype: jnp.dtype | None = None) -> Array | None:
-        return jnp.zeros(like.shape, dtype or like.dtype) if want and like is not None else None
-
-    def put(whole: Array | None, part: Callable[[], Array], start: Array | int, axis: int = 0) -> Array | None:
-        if whole is None:
+    def put(whole: Array | None, part: Array | None, start: Array | int, axis: int = 0) -> Array | None:
+        if whole is None or part is None:
             return None
-        return lax.dynamic_update_slice_in_dim(whole, (scale * part()).astype(whole.dtype), start, axis)
+        return lax.dynamic_update_slice_in_dim(whole, (scale * part).astype(whole.dtype), start, axis)
 
-    def step(carry: tuple[Summed, PerToken], start: Array | int, size: int) -> tuple[tuple[Summed, PerToken], None]:
+    def step(
+        carry: tuple[Summed, list[PerToken]], start: Array | int, size: int
+    ) -> tuple[tuple[Summed, list[PerToken]], None]:
         sums, per_token = carry
-        slab = take_slab(config, inputs, start, size)
-        logits = project.logits(slab.hidden, slab.kernel, slab.bias)
-        gradients = logit_gradients(slab, logits, normalizer, cotangents, start)
-        narrow = gradients.logits.astype(matmul_dtype(slab.hidden, slab.kernel))
+        slabs = [take_slab(config, part, start, size) for part in parts]
+        logits = [chunk_logits(config, slab) for slab in slabs]
+        if sums.kernel is not None and kept.tokens:
+            logits[0] = kept.logits(sums.kernel, start, size)
+        shares = [
+            gradient_shares(config, wanted, slab, x, normalizer, cotangents, start)
+            for slab, x, (normalizer, cotangents) in zip(slabs, logits, numbers, strict=True)
+        ]
+        share = reduce(add, [summed for summed, _ in shares])
         sums = Summed(
-            kernel=put(sums.kernel, lambda: project.kernel_gradient(slab.hidden, narrow), start, project.class_axis),
-            bias=put(sums.bias, lambda: gradients.logits.sum(0), start),
-            class_weight=put(sums.class_weight, lambda: gradients.weight.sum(0), start),
-            softcap=None if sums.softcap is None else sums.softcap + gradients.softcap.sum(0),
+            kernel=put(sums.kernel, share.kernel, start, Projection(config).class_axis),
+            bias=put(sums.bias, share.bias, start),
+            class_weight=put(sums.class_weight, share.class_weight, start),
+            softcap=add(sums.softcap, share.softcap),
         )
-        per_token = PerToken(
-            hidden=None
-            if per_token.hidden is None
-            else per_token.hidden + project.hidden_gradient(narrow, slab.kernel),
-            targets=put(per_token.targets, lambda: gradients.target, start, 1),
-        )
+        per_token = [
+            PerToken(add(whole.hidden, part.hidden), put(whole.targets, part.targets, start, 1))
+            for whole, (_, part) in zip(per_token, shares, strict=True)
+        ]
         return (sums, per_token), None
 
     zero = (
         Summed(
-            zeros(inputs.kernel, wanted.kernel),
+            zeros(inputs.kernel, wanted.kernel) if room is None else room,
             zeros(inputs.bias, wanted.bias),
             zeros(inputs.class_weight, wanted.class_weight),
             zeros(inputs.softcap, wanted.softcap, dtype),
         ),
-        PerToken(zeros(inputs.hidden, wanted.hidden, dtype), zeros(inputs.targets, wanted.targets)),
+        [PerToken(zeros(part.hidden, wanted.hidden, dtype), zeros(part.targets, wanted.targets)) for part in parts],
     )
     (sums, per_token), _ = scan_chunks(step, zero, config.num_classes, chunk_size(config, inputs))
-    if per_token.hidden is not None:
-        per_token = per_token._replace(hidden=scale * per_token.hidden)
-    if sums.softcap is not None:
-        sums = sums._replace(softcap=scale * sums.softcap)
-    return sums, per_token
+    whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *per_token)
+    softcap, hidden = jax.tree.map(lambda total: scale * total, (sums.softcap, whole.hidden))
+    return sums._replace(softcap=softcap), whole._replace(hidden=hidden)
 
 
 # The sum of the losses. Its cotangent only scales the gradients, so that the loop over tokens can make them in the
@@ -437,7 +485,7 @@ def summed_loss(
     config: Config, inputs: Inputs, weights: ExampleWeights, options: Options
 ) -> tuple[Array, tuple[Stats, Array]]:
     """The sum of the tokens' losses; and what `linear_stats` returns, without gradient."""
-    stats, _, predicted = forward_stats(config, inputs)
+    stats, _, predicted, _ = forward_stats(config, inputs, None)
     return compose(config, stats, weights, options), (stats, predicted)
 
 
@@ -468,9 +516,9 @@ def _summed_loss_fwd(config: Config, inputs: Any, weights: Any, options: Any) ->
     if config.loop == "tokens":
         out, gradients = forward_and_backward_over_tokens(config, wanted, inputs, weights, options)
         return out, (inputs, gradients, None)
-    stats, normalizer, predicted = forward_stats(config, inputs)
+    stats, normalizer, predicted, room = forward_stats(config, inputs, empty_room(config, wanted, inputs))
     out = compose(config, stats, weights, options), (stats, predicted)
-    return out, (inputs, None, (wanted, normalizer, stats, weights, options))
+    return out, (inputs, None, (wanted, normalizer, room, stats, weights, options))
 
 
 def _summed_loss_bwd(config: Config, residuals: Any, cotangents: Any) -> tuple[Any, Any, Any]:
@@ -481,9 +529,9 @@ def _summed_loss_bwd(config: Config, residuals: Any, cotangents: Any) -> tuple[A
     if gradients is not None:
         sums, per_token, weights, options = jax.tree.map(lambda leaf: g * leaf, gradients)
         return as_cotangents(inputs, sums, per_token), weights, options
-    wanted, normalizer, stats, weights, options = unfinished
+    wanted, normalizer, room, stats, weights, options = unfinished
     _, of_stats, of_weights, of_options = compose_gradients(config, stats, weights, options)
-    sums, per_token = backward_over_classes(config, wanted, inputs, normalizer, of_stats, g)
+    sums, per_token = backward_over_classes(config, wanted, inputs, normalizer, of_stats, room, g)
     weights, options = jax.tree.map(lambda leaf: g * leaf, (of_weights, of_options))
     return as_cotangents(inputs, sums, per_token), weights, options
 
@@ -505,9 +553,8 @@ def forward_and_backward_over_tokens(
         loss, cotangents, of_weights, of_options = compose_gradients(
             config, stats, take_tokens(weights, start, size), options
         )
-        sums, per_token = backward_chunk(config, wanted, part, logits, normalizer, cotangents, sums)
-        option_sums = jax.tree.map(jnp.add, option_sums, of_options)
-        return (sums, option_sums), (per_token, of_weights, loss[None], stats, predicted)
+        shares, per_token = gradient_shares(config, wanted, part, logits, normalizer, cotangents)
+        return (add(sums, shares), add(option_sums, of_options)), (per_token, of_weights, loss[None], stats, predicted)
 
     zero = (
         zero_sums(inputs, wanted, compute_dtype(matmul_dtype(inputs.hidden, inputs.kernel))),

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._compose import Options, example_losses, example_weights, reduce_losses, times, weight_sum
-from jaxce._softmax_stats import Stats, is_index, log_probs, negative_log_prob, own, softmax_stats
+from jaxce._softmax_stats import Stats, is_index, log_probs, negative_log_prob, own, softmax_stats, vary_alike
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 
@@ -60,7 +60,7 @@ def stats_of_examples(
     one = partial(softmax_stats, smooth)
     in_axes = (0, 0, None, None, None if live is None else 0)
     weight = along_classes(weight, logits, axis)
-    return over_examples(one, axis, in_axes)(logits, targets, weight, softcap, live)
+    return over_examples(one, axis, in_axes)(*vary_alike((logits, targets, weight, softcap, live)))
 
 
 def along_classes(weight: Array | None, scores: Array, axis: int) -> Array | None:
@@ -106,7 +106,7 @@ def log_softmax(logits: ArrayLike, axis: int = -1, *, where: ArrayLike | None = 
 def _log_softmax(logits: Array, where: Array | None, *, axis: int) -> Array:
     axis = _checks.class_axis("logits", logits, axis)
     where = _checks.class_mask(where, logits.shape)
-    return over_examples(log_probs, axis, (0, None if where is None else 0))(logits, where)
+    return over_examples(log_probs, axis, (0, None if where is None else 0))(*vary_alike((logits, where)))
 
 
 def nll_loss(
@@ -183,7 +183,7 @@ def _nll_loss(
     _checks.sample_weight(sample_weight, log_probs.shape[:axis] + log_probs.shape[axis + 1 :])
     in_axes = (0, 0, None, None if live is None else 0)
     class_weight = along_classes(weight, log_probs, axis)
-    nll = over_examples(negative_log_prob, axis, in_axes)(log_probs, targets, class_weight, live)
+    nll = over_examples(negative_log_prob, axis, in_axes)(*vary_alike((log_probs, targets, class_weight, live)))
     weights = example_weights(targets, live, sample_weight, weight, nll.dtype)
     return reduce_losses(times(weights.total, nll), weight_sum(weights, live, nll), reduction)
 

@@ -193,7 +193,7 @@ def partial_sums(
     # both passes.
     maximum = cap_logits(lax.optimization_barrier(lax.stop_gradient(logits).max(0)), softcap)
     reference = beside(maximum if first_class is None else anchor(maximum))
-    zero = jnp.zeros(x.shape[1:], x.dtype)
+    zero = jnp.zeros_like(maximum)
 
     def total(summand: Callable[..., Array], *arrays: Array | None) -> Array:
         """The sum of `summand(one, x, *arrays)` over the classes."""
@@ -503,6 +503,21 @@ def keep(live: Array | None, tree: Tree) -> Tree:
     if live is None:
         return tree
     return jax.tree.map(lambda leaf: jnp.where(live, leaf, 0), tree)
+
+
+def vary_alike(tree: Tree) -> Tree:
+    """The arrays, each varying over every axis of a `jax.shard_map` that any of them varies over.
+
+    A gradient that is written by hand has to vary as its input does: that of weights that are the same everywhere is
+    summed over the axes here, where JAX transposes this.
+    """
+    varying = frozenset[Any]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
+
+    def vary(leaf: Array) -> Array:
+        missing = varying - jax.typeof(leaf).manual_axis_type.varying
+        return lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

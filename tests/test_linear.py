@@ -12,11 +12,23 @@ from jax.experimental import checkify
 from jax.extend.core import jaxprs_in_params
 
 import jaxce
+from jaxce import _linear
 
 N, D, C = 12, 5, 17
-LOOPS = ["tokens", "classes"]
+LOOPS = ["tokens", "classes", "auto"]
 # 7 divides neither N nor C; 1 is the smallest and 40 is more than there is.
 CHUNKS = [1, 7, N, 40]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def auto_keeps_logits():
+    """So that "auto" is the loop over classes that keeps logits: for small kernels, and beside virtual devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_linear, "SMALL_KERNEL", 0)
+        patch.setattr(jax, "device_count", lambda: 1)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 def problem(dtype=np.float64, classes=C):
@@ -89,7 +101,7 @@ def test_class_probabilities(loop, reduction, smoothing, x64):
         assert_trees_close(got, want, 1e-11)
 
 
-@pytest.mark.parametrize("loop", ["auto", *LOOPS])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_transposed_kernel_and_any_batch_axes(loop, x64):
     arrays = problem()
     batched = {**arrays, "hidden": arrays["hidden"].reshape(3, 4, D), "kernel": arrays["kernel"].T}
@@ -109,6 +121,30 @@ def test_transposed_kernel_and_any_batch_axes(loop, x64):
         arrays["hidden"][0], arrays["kernel"], LABELS[0], bias=arrays["bias"], strategy=loop
     )
     assert_close(one, dense(arrays["hidden"][0], arrays["kernel"], LABELS[0], bias=arrays["bias"]))
+
+
+@pytest.mark.parametrize("tokens", [2, D, N])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_logits_in_the_room_of_the_kernels_gradient(transposed, reduction, tokens, x64):
+    """Fewer tokens than there is room for, as many, and more."""
+    arrays = problem(classes=C + 2)
+    arrays["hidden"], options = arrays["hidden"][:tokens], {"reduction": reduction, "num_classes": C}
+    given = {**arrays, "kernel": arrays["kernel"].T} if transposed else arrays
+
+    def loss(kernel, **rest):
+        return jaxce.linear_cross_entropy(
+            kernel=kernel, strategy="auto", chunk_size=7, transpose_kernel=transposed, **rest
+        )
+
+    got, grads = gradients(loss, given, LABELS[:tokens], **options)
+    cut = {**arrays, "kernel": arrays["kernel"][:, :C], "bias": arrays["bias"][:C]}
+    want, want_grads = gradients(dense, cut, LABELS[:tokens], reduction=reduction)
+    assert_close(got, want)
+    kernel = grads["kernel"].T if transposed else grads["kernel"]
+    assert_close(kernel[:, :C], want_grads["kernel"])
+    assert not kernel[:, C:].any()
+    assert_close(grads["hidden"], want_grads["hidden"])
 
 
 @pytest.mark.parametrize("fill", [50.0, np.nan])
@@ -292,21 +328,25 @@ def test_no_array_of_tokens_by_classes(loop, derivative, options):
 
 
 @pytest.mark.parametrize(
-    ("loop", "wrt", "matmuls"),
+    ("loop", "wrt", "n", "matmuls"),
     [
-        ("tokens", None, 1),
-        ("classes", None, 1),
-        ("tokens", (0, 1), 3),
-        ("auto", (0,), 2),
-        ("auto", (1,), 2),
-        ("tokens", (0,), 2),
-        ("tokens", (1,), 2),
+        ("tokens", None, 256, 1),
+        ("classes", None, 256, 1),
+        ("tokens", (0, 1), 256, 3),
+        ("auto", (0,), 256, 2),
+        ("auto", (1,), 256, 2),
+        ("tokens", (0,), 256, 2),
+        ("tokens", (1,), 256, 2),
+        # The kernel's gradient has room for the logits of 256 tokens.
+        ("auto", (0, 1), 128, 3),
+        ("auto", (0, 1), 256, 3),
+        ("auto", (0, 1), 512, 3.5),
     ],
 )
-def test_matmuls(loop, wrt, matmuls):
+def test_matmuls(loop, wrt, n, matmuls):
     """The compiler's count of flops; in one chunk, since it counts the body of a loop once."""
-    n, d, c = 256, 256, 256
-    loss = loss_of(loop, 256)
+    d, c = 256, 256
+    loss = loss_of(loop, 512)
     compiled = jax.jit(loss if wrt is None else jax.grad(loss, wrt)).lower(*shapes(n, d, c)).compile()
     flops = compiled.cost_analysis()["flops"] / (2 * n * d * c)
     assert matmuls <= flops < matmuls + 0.2
@@ -343,6 +383,20 @@ def test_temporary_memory(loop, share):
         return jax.jit(jax.grad(loss, (0, 1))).lower(*shapes(n, d, c)).compile().memory_analysis().temp_size_in_bytes
 
     assert temp(loss_of(loop)) <= share * temp(dense)
+
+
+def test_logits_are_kept_in_no_memory_of_their_own():
+    def temp(loop, transposed):
+        n, d, c = 256, 512, 16_384
+        loss = loss_of(loop, 1024, transpose_kernel=transposed)
+        hidden, kernel, labels = shapes(n, d, c)
+        if transposed:
+            kernel = jax.ShapeDtypeStruct((c, d), kernel.dtype)
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel, labels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    for transposed in (False, True):
+        assert temp("auto", transposed) <= 1.1 * temp("classes", transposed)
 
 
 def test_frozen_kernel_has_no_array_of_its_size():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FLOAT_DTYPES, assert_close, indices, normal, positive
+from helpers import FLOAT_DTYPES, assert_close, assert_trees_close, distributions, indices, normal, positive
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -169,6 +169,24 @@ def test_shard_map():
     assert_wide(jax.jit(jax.value_and_grad(sharded))(WIDE, WIDE_LABELS))
 
 
+@pytest.mark.parametrize("loss", [jaxce.cross_entropy, jaxce.nll_loss])
+@pytest.mark.parametrize("labels", [WIDE_LABELS, distributions((8, 16))], ids=["indices", "probabilities"])
+def test_gradients_inside_shard_map_of_what_is_the_same_everywhere(loss, labels):
+    options = {"weight": positive((16,), 1)}
+    if loss is jaxce.cross_entropy:
+        options |= {"label_smoothing": jnp.array(0.1), "z_loss": jnp.array(0.1), "logit_softcap": jnp.array(3.0)}
+
+    def total(x, labels, options):
+        return loss(x, labels, reduction="sum", **options)
+
+    def local(*arrays):
+        return jax.lax.psum(total(*arrays), "x")
+
+    sharded = jax.shard_map(local, mesh=mesh_of(AxisType.Auto), in_specs=(P("x"), P("x"), P()), out_specs=P())
+    got, want = (jax.grad(f, (0, 2))(WIDE, labels, options) for f in (sharded, total))
+    assert_trees_close(got, want, 1e-5)
+
+
 @pytest.mark.parametrize("loss", [jaxce.cross_entropy, jaxce.reference.cross_entropy], ids=["ours", "reference"])
 def test_smoothing_has_its_gradient_at_zero(loss):
     log_p = jax.nn.log_softmax(LOGITS)
@@ -192,3 +210,49 @@ def test_explicit_mesh(logits_spec, labels_spec, options):
         got = gradient(placed, jax.device_put(labels, NamedSharding(mesh, labels_spec)))
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, 1e-5)
+
+
+# The projection. Tokens lie over the mesh, or classes.
+PLACES = [(P("x", None, None), P(None, None)), (P(None, None, None), P(None, "x"))]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("of_tokens", "of_kernel"), PLACES)
+@pytest.mark.parametrize("loop", ["tokens", "classes", "auto"])
+def test_projection_on_a_mesh(loop, of_tokens, of_kernel, axis_type):
+    hidden, kernel, labels = normal((8, 2, 5)), normal((5, 24), 1), indices((8, 2), 24).at[3].set(-100)
+
+    def losses(hidden, kernel, labels):
+        options = {"strategy": loop, "chunk_size": 4, "label_smoothing": 0.1}
+        mean, stats = jaxce.linear_cross_entropy(hidden, kernel, labels, return_stats=True, **options)
+        each = jaxce.linear_cross_entropy(hidden, kernel, labels, reduction="none", **options)
+        return mean + (each**2).sum(), (stats, each)
+
+    gradient = jax.jit(jax.value_and_grad(losses, (0, 1), has_aux=True))
+    want = gradient(hidden, kernel, labels)
+    mesh = mesh_of(axis_type)
+    of_batch = P(*of_tokens[:2])
+    arrays = ((hidden, of_tokens), (kernel, of_kernel), (labels, of_batch))
+    placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in arrays]
+    got = gradient(*placed)
+    assert_trees_close(got, want, 1e-5)
+    if axis_type == AxisType.Explicit:
+        (_, (stats, each)), of_inputs = got
+        assert [jax.typeof(a).sharding.spec for a in of_inputs] == [of_tokens, of_kernel]
+        assert {jax.typeof(a).sharding.spec for a in (each, *stats[:4])} == {of_batch}
+
+
+@pytest.mark.parametrize("loop", ["tokens", "classes", "auto"])
+def test_projection_inside_shard_map(loop):
+    # Chunks that divide neither the 7 tokens of a device nor the classes.
+    hidden, kernel, labels = normal((28, 5)), normal((5, 24), 1), indices(28, 24)
+
+    def loss(hidden, kernel, labels):
+        return jaxce.linear_cross_entropy(hidden, kernel, labels, strategy=loop, chunk_size=3, label_smoothing=0.1)
+
+    def local(*arrays):
+        return jax.lax.pmean(loss(*arrays), "x")
+
+    sharded = jax.shard_map(local, mesh=mesh_of(AxisType.Auto), in_specs=(P("x"), P(), P("x")), out_specs=P())
+    got, want = (jax.value_and_grad(f, (0, 1))(hidden, kernel, labels) for f in (sharded, loss))
+    assert_trees_close(got, want, 1e-5)
