@@ -2,6 +2,7 @@
 
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,11 +45,12 @@ def measure(contestants: dict[str, Timed], seconds: float = 1.0, rounds: int = 5
         contestant.run()
     start = time.perf_counter()
     done = 0
+    shuffled = random.Random(0)
     while done < rounds or (time.perf_counter() - start < seconds and done < 200):
-        # Each in turn comes first, since what ran before leaves its mark on memory and caches.
+        # In an order of its own each round, since who ran before leaves a mark on memory and caches.
         order = list(contestants.values())
-        first = done % len(order)
-        for contestant in order[first:] + order[:first]:
+        shuffled.shuffle(order)
+        for contestant in order:
             if contestant.seconds and contestant.seconds[-1] < SHORT:
                 contestant.run()
             before = time.perf_counter()

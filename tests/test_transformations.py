@@ -187,6 +187,20 @@ def test_gradients_inside_shard_map_of_what_is_the_same_everywhere(loss, labels)
     assert_trees_close(got, want, 1e-5)
 
 
+def test_log_softmax_inside_shard_map_of_logits_that_are_the_same_everywhere():
+    masks = normal((4, 16)) > 0
+
+    def total(x, masks):
+        return jnp.where(masks, jaxce.log_softmax(jnp.broadcast_to(x, masks.shape), where=masks), 0)[:, :8].sum()
+
+    def local(x, mask):
+        log_probs = jaxce.log_softmax(x, where=mask[0])
+        return jax.lax.psum(jnp.where(mask[0], log_probs, 0)[:8].sum(), "x")
+
+    sharded = jax.shard_map(local, mesh=mesh_of(AxisType.Auto), in_specs=(P(), P("x")), out_specs=P())
+    assert_close(jax.grad(sharded)(WIDE[0], masks), jax.grad(total)(WIDE[0], masks), 1e-5)
+
+
 @pytest.mark.parametrize("loss", [jaxce.cross_entropy, jaxce.reference.cross_entropy], ids=["ours", "reference"])
 def test_smoothing_has_its_gradient_at_zero(loss):
     log_p = jax.nn.log_softmax(LOGITS)
