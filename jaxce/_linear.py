@@ -18,7 +18,7 @@ from jaxce._softmax_stats import compute_dtype, is_index, vary_alike
 Strategy: TypeAlias = Literal["auto", "tokens", "classes"]
 
 # On a CPU, "auto" is "tokens" for kernels of at most so many entries, whose gradient stays in the cache.
-SMALL_KERNEL = 2**22
+SMALL_KERNEL = 2**21
 
 
 @overload
@@ -112,7 +112,7 @@ def linear_cross_entropy(
       strategy: "tokens" is a loop over tokens with three matmuls: the gradients are made in the forward pass and held
         in float32. "classes" is a loop over classes with four matmuls, each of which finishes a part of a gradient: it
         takes the least memory. "auto" picks "tokens" on GPU and TPU where N tokens are many for D features, 16·D at
-        most N times the bytes of an entry of `hidden`, and on a CPU where the kernel is small, D·C at most 2²²: there
+        most N times the bytes of an entry of `hidden`, and on a CPU where the kernel is small, D·C at most 2²¹: there
         it is faster, and its float32 gradients are small beside the logits. Else, and for `reduction="none"`, it picks
         "classes"; on a CPU with float32 that keeps the logits of D tokens where the kernel's gradient will be, and has
         3 matmuls for up to D tokens, 4 - D/N for more.

@@ -133,6 +133,16 @@ def _move_jvp(how: Callable[..., Array], primals: tuple[Array, ...], tangents: t
 def pick(x: Array, index: Array) -> Array:
     """`x[index]`, 0 where `index` is outside of `x`."""
 
+    def compare(x: Array, index: Array) -> Array:
+        return jnp.where(is_class(index, x.shape[0]), x, 0).sum(0)
+
+    # A gather is a serial read on TPU, and isn't split over a mesh; on a CPU the comparison is one more pass.
+    return on_cpu(gather, compare, x, index)
+
+
+def gather(x: Array, index: Array) -> Array:
+    """`pick` by address."""
+
     def entry(x: Array, index: Array) -> Array:
         inside = (index >= 0) & (index < x.shape[0])
         near = jnp.clip(index, 0, x.shape[0] - 1)
@@ -140,14 +150,7 @@ def pick(x: Array, index: Array) -> Array:
             return jnp.where(inside, lax.dynamic_index_in_dim(x, near, keepdims=False), 0)
         return jnp.where(inside, jnp.take_along_axis(x, near[None], 0)[0], 0)
 
-    def gather(x: Array, index: Array) -> Array:
-        return move(entry, x, index)
-
-    def compare(x: Array, index: Array) -> Array:
-        return jnp.where(is_class(index, x.shape[0]), x, 0).sum(0)
-
-    # A gather is a serial read on TPU, and isn't split over a mesh; on a CPU the comparison is one more pass.
-    return on_cpu(gather, compare, x, index)
+    return move(entry, x, index)
 
 
 def is_class(index: Array, num_classes: int) -> Array:
@@ -181,17 +184,21 @@ def partial_sums(
     *,
     smooth: bool,
     first_class: Array | int | None = None,
+    max_and_exp: Callable[[Array], tuple[Array, Array]] | None = None,
 ) -> Sums:
     """The sums over the classes whose logits, target and weight these are.
 
     Without a target, its sums are 0. `first_class` is the index of the first of them, None where they are all there
     is: a part may be all -inf without harm, a whole row may not, and without the care for it XLA:CPU fuses the maximum
-    with the sum.
+    with the sum. `max_and_exp` makes the first two sums, if not XLA.
     """
     x = logits.astype(compute_dtype(logits.dtype))
-    # Exact in 16 bits, and the cap keeps the order; behind the barrier, XLA:CPU keeps no float32 copy of the logits for
-    # both passes.
-    maximum = cap_logits(lax.optimization_barrier(lax.stop_gradient(logits).max(0)), softcap)
+    if max_and_exp is None:
+        # Exact in 16 bits, and the cap keeps the order; behind the barrier, XLA:CPU keeps no float32 copy of the logits
+        # for both passes.
+        maximum = cap_logits(lax.optimization_barrier(lax.stop_gradient(logits).max(0)), softcap)
+    else:
+        maximum, exp = max_and_exp(logits)
     reference = beside(maximum if first_class is None else anchor(maximum))
     zero = jnp.zeros_like(maximum)
 
@@ -219,15 +226,18 @@ def partial_sums(
         pass
     elif is_index(target):
         index = target if first_class is None else target - first_class
-        label_logit = cap_logits(pick(logits, index), softcap)
+        # With a kernel, a comparison would be the second read that it saves.
+        label_logit = cap_logits((pick if max_and_exp is None else gather)(logits, index), softcap)
     else:
         target_sums = mass_sums(lambda _, x, target, weight: target_mass(target, weight, x.dtype), target, weight)
     if smooth:
         smooth_sums = mass_sums(lambda one, x, weight: smooth_mass(x, weight, one), weight)
+    if max_and_exp is None:
+        # Without a cap, the backward pass may share it.
+        exp = total(exponential, reference) if softcap is not None else jnp.exp(x - reference).sum(0)
     return Sums(
         maximum=maximum,
-        # Without a cap, the backward pass may share it.
-        exp=total(exponential, reference) if softcap is not None else jnp.exp(x - reference).sum(0),
+        exp=exp,
         exp_x=total(entropy, reference),
         label_logit=label_logit,
         target=target_sums,
@@ -437,12 +447,28 @@ def even_slabs(num_classes: int) -> int:
     return min(counts, key=lambda n: (n % 16 != 0, n), default=1)
 
 
+# Whether rows are read once on a CUDA GPU, by a kernel. By the compiled instructions that is twice as fast for the loss
+# alone (docs/speed.md); it stays off until it has been measured on a card, and since XLA can't split it over a mesh.
+ONE_READ_ON_GPU = False
+_SHORTEST_KERNEL_ROW = 512
+
+
 def row_sums(logits: Array, target: Target, weight: Array | None, softcap: Array | None, *, smooth: bool) -> Sums:
     """The sums over all classes, in the form that suits the platform."""
     whole = partial(partial_sums, smooth=smooth)
-    if logits.shape[0] <= _LONGEST_CPU_ROW or logits.ndim > 1:
-        return whole(logits, target, weight, softcap)
-    return on_cpu(partial(sums_in_slabs, smooth=smooth), whole, logits, target, weight, softcap)
+    arguments = (logits, target, weight, softcap)
+    mesh = jax.typeof(logits).sharding.mesh
+    if logits.ndim > 1 or (not mesh.empty and mesh.size > 1):
+        return whole(*arguments)
+    forms = {}
+    if logits.shape[0] > _LONGEST_CPU_ROW:
+        forms["cpu"] = partial(sums_in_slabs, smooth=smooth)
+    if ONE_READ_ON_GPU and softcap is None and logits.shape[0] >= _SHORTEST_KERNEL_ROW and logits.dtype.itemsize <= 4:
+        # Imported where it is used, since importing it takes as long as importing the package.
+        from jaxce._pallas import max_and_exp
+
+        forms["cuda"] = partial(whole, max_and_exp=max_and_exp)
+    return lax.platform_dependent(*arguments, **forms, default=whole) if forms else whole(*arguments)
 
 
 def sums_in_slabs(logits: Array, target: Target, weight: Array | None, softcap: Array | None, *, smooth: bool) -> Sums:
