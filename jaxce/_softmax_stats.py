@@ -453,17 +453,19 @@ ONE_READ_ON_GPU = False
 _SHORTEST_KERNEL_ROW = 512
 
 
+def fits_kernel(logits: Array) -> bool:
+    return logits.ndim == 1 and logits.shape[0] >= _SHORTEST_KERNEL_ROW and logits.dtype.itemsize <= 4
+
+
 def row_sums(logits: Array, target: Target, weight: Array | None, softcap: Array | None, *, smooth: bool) -> Sums:
     """The sums over all classes, in the form that suits the platform."""
     whole = partial(partial_sums, smooth=smooth)
     arguments = (logits, target, weight, softcap)
     mesh = jax.typeof(logits).sharding.mesh
-    if logits.ndim > 1 or (not mesh.empty and mesh.size > 1):
-        return whole(*arguments)
     forms = {}
-    if logits.shape[0] > _LONGEST_CPU_ROW:
+    if logits.ndim == 1 and logits.shape[0] > _LONGEST_CPU_ROW and mesh.empty:
         forms["cpu"] = partial(sums_in_slabs, smooth=smooth)
-    if ONE_READ_ON_GPU and softcap is None and logits.shape[0] >= _SHORTEST_KERNEL_ROW and logits.dtype.itemsize <= 4:
+    if ONE_READ_ON_GPU and softcap is None and fits_kernel(logits) and (mesh.empty or mesh.size == 1):
         # Imported where it is used, since importing it takes as long as importing the package.
         from jaxce._pallas import max_and_exp
 

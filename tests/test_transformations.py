@@ -226,6 +226,20 @@ def test_explicit_mesh(logits_spec, labels_spec, options):
         assert_close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")])
+def test_explicit_mesh_of_one_device_with_long_rows(spec):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+    logits, labels = normal((2, 40_000)), indices(2, 40_000)
+    want = jax.value_and_grad(jaxce.reference.cross_entropy)(logits, labels)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(logits, NamedSharding(mesh, spec))
+        got = jax.jit(jax.value_and_grad(jaxce.cross_entropy))(
+            placed, jax.device_put(labels, NamedSharding(mesh, P(spec[0])))
+        )
+    assert jax.typeof(got[1]).sharding.spec == spec
+    assert_trees_close(got, want, 1e-5)
+
+
 # The projection. Tokens lie over the mesh, or classes.
 PLACES = [(P("x", None, None), P(None, None)), (P(None, None, None), P(None, "x"))]
 
