@@ -116,7 +116,7 @@ def reduces(computation: str, entries: int) -> bool:
 
 
 def passes(hlo: str, entries: int) -> tuple[int, int]:
-    """How often arrays of at least so many entries are written and read, outside of fusions; loops count once."""
+    """How often arrays of so many entries are written and read, outside of fusions; loops count once."""
     views = ("parameter", "get-tuple-element", "bitcast")
     written = read = 0
     computations = re.split(r"\n(?=%|ENTRY)", hlo)

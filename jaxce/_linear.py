@@ -253,6 +253,7 @@ def _loss_and_stats(
     weight: Array | None,
     options: Options,
 ) -> Array | tuple[Array, LossStats]:
+    """The loss of arguments that have been checked, and its stats if they are wanted."""
     inputs, sample_weight, weight, options = vary_alike((inputs, sample_weight, weight, options))
     # The batch axes become one axis of tokens.
     batch = inputs.hidden.shape[:-1]

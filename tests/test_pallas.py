@@ -1,4 +1,4 @@
-"""The kernel that reads a row once on a GPU: interpreted here, and as it is exported."""
+"""The kernel that reads a row once on a GPU: interpreted, and where it is taken."""
 
 from functools import partial
 
