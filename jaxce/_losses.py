@@ -11,7 +11,17 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._compose import Options, example_losses, example_weights, reduce_losses, times, weight_sum
-from jaxce._softmax_stats import Stats, is_index, log_probs, negative_log_prob, own, softmax_stats, vary_alike
+from jaxce._softmax_stats import (
+    Form,
+    Stats,
+    is_index,
+    log_probs,
+    negative_log_prob,
+    own,
+    softmax_stats,
+    suits_columns,
+    vary_alike,
+)
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 
@@ -57,7 +67,8 @@ def stats_of_examples(
     smooth: bool,
 ) -> Stats:
     """The numbers of every example."""
-    one = partial(softmax_stats, smooth)
+    innermost = logits.shape[axis - 1] if axis == logits.ndim - 1 else logits.shape[-1]
+    one = partial(softmax_stats, Form(smooth, by_columns=suits_columns(logits.shape[axis], innermost)))
     in_axes = (0, 0, None, None, None if live is None else 0)
     weight = along_classes(weight, logits, axis)
     return over_examples(one, axis, in_axes)(*vary_alike((logits, targets, weight, softcap, live)))

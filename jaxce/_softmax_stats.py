@@ -15,8 +15,8 @@ the same code. `x - m` is taken before anything is summed: `log_z - x_y` would l
 to move that axis would be a copy of them. The numbers are then arrays of the shape of those axes.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -153,10 +153,35 @@ def gather(x: Array, index: Array) -> Array:
     return move(entry, x, index)
 
 
+def columns(array: Array | None, logits: Array) -> list[Any]:
+    """What each class of `logits` has of `array`, in the dtype of computation: its row, or the whole if it has none."""
+    classes = range(logits.shape[0])
+    if array is None or array.ndim < logits.ndim:
+        return [array for _ in classes]
+    rows = jnp.broadcast_to(array, (len(classes), *array.shape[1:]))
+    return [move(lambda rows, c=c: rows[c], rows).astype(compute_dtype(rows.dtype)) for c in classes]
+
+
+def sum_of(arrays: Iterable[Array]) -> Array:
+    return reduce(jnp.add, arrays)
+
+
+# Each with logits of its own, or XLA:CPU stores the 16-bit columns that they share.
+
+
+def largest_column(x: Array) -> Array:
+    return reduce(jnp.maximum, columns(own(x)[0], x))
+
+
+def pick_column(x: Array, index: Array) -> Array:
+    """`pick` by one comparison after the other."""
+    x, index = own(x, index)
+    return sum_of(jnp.where(index == c, column, 0) for c, column in enumerate(columns(x, x)))
+
+
 def is_class(index: Array, num_classes: int) -> Array:
-    """The one-hot form of `index` as bool, compared in float32, which vectorizes better than in int32."""
-    dtype = jnp.float32 if num_classes < 2**24 else jnp.int32
-    return lax.broadcasted_iota(dtype, (num_classes, *index.shape), 0) == beside(index).astype(dtype)
+    """The one-hot form of `index`, as bool."""
+    return lax.broadcasted_iota(jnp.int32, (num_classes, *index.shape), 0) == beside(index).astype(jnp.int32)
 
 
 def target_mass(target: Target, weight: Array | None, dtype: jnp.dtype) -> Array:
@@ -184,19 +209,21 @@ def partial_sums(
     *,
     smooth: bool,
     first_class: Array | int | None = None,
+    by_columns: bool = False,
     max_and_exp: Callable[[Array], tuple[Array, Array]] | None = None,
 ) -> Sums:
     """The sums over the classes whose logits, target and weight these are.
 
     Without a target, its sums are 0. `first_class` is the index of the first of them, None where they are all there
     is: a part may be all -inf without harm, a whole row may not, and without the care for it XLA:CPU fuses the maximum
-    with the sum. `max_and_exp` makes the first two sums, if not XLA.
+    with the sum. `by_columns` adds up one class after the other. `max_and_exp` makes the first two sums, if not XLA.
     """
     x = logits.astype(compute_dtype(logits.dtype))
     if max_and_exp is None:
         # Exact in 16 bits, and the cap keeps the order; behind the barrier, XLA:CPU keeps no float32 copy of the logits
         # for both passes.
-        maximum = cap_logits(lax.optimization_barrier(lax.stop_gradient(logits).max(0)), softcap)
+        largest = largest_column if by_columns else partial(jnp.max, axis=0)
+        maximum = cap_logits(lax.optimization_barrier(largest(lax.stop_gradient(logits))), softcap)
     else:
         maximum, exp = max_and_exp(logits)
     reference = beside(maximum if first_class is None else anchor(maximum))
@@ -204,6 +231,9 @@ def partial_sums(
 
     def total(summand: Callable[..., Array], *arrays: Array | None) -> Array:
         """The sum of `summand(one, x, *arrays)` over the classes."""
+        if by_columns:
+            rows = zip(*(columns(array, logits) for array in (logits, *arrays)), strict=True)
+            return sum_of(summand(1.0, cap_logits(row, softcap), *others) for row, *others in rows)
         own_logits, own_softcap, one, *own_arrays = own(logits, softcap, jnp.ones((), x.dtype), *arrays)
         one = lax.stop_gradient(one)
         return summand(one, cap_logits(own_logits, own_softcap, one), *own_arrays).sum(0)
@@ -227,14 +257,16 @@ def partial_sums(
     elif is_index(target):
         index = target if first_class is None else target - first_class
         # With a kernel, a comparison would be the second read that it saves.
-        label_logit = cap_logits((pick if max_and_exp is None else gather)(logits, index), softcap)
+        entry = pick_column if by_columns else pick if max_and_exp is None else gather
+        label_logit = cap_logits(entry(logits, index), softcap)
     else:
         target_sums = mass_sums(lambda _, x, target, weight: target_mass(target, weight, x.dtype), target, weight)
     if smooth:
         smooth_sums = mass_sums(lambda one, x, weight: smooth_mass(x, weight, one), weight)
     if max_and_exp is None:
         # Without a cap, the backward pass may share it.
-        exp = total(exponential, reference) if softcap is not None else jnp.exp(x - reference).sum(0)
+        shares = softcap is None and not by_columns
+        exp = jnp.exp(x - reference).sum(0) if shares else total(exponential, reference)
     return Sums(
         maximum=maximum,
         exp=exp,
@@ -343,41 +375,53 @@ def partial_gradients(
         hit = normalizer.label_possible if live is None else normalizer.label_possible & live
         index = jnp.where(hit, target - first_class, -1)
     maximum, live, normalizer, g = beside((maximum, live, normalizer, cotangents))
+    per_exp = jnp.exp(-normalizer.log_sum)
+
+    # -log p where it multiplies a weight, which an impossible class has none of.
+    def surprise(x: Array) -> Array:
+        return jnp.where(x == -jnp.inf, 0, normalizer.log_sum - (x - maximum))
+
+    def slope(x: Array, weight: Array | None) -> Array:
+        """What the gradients of these logits have that no target enters."""
+        # As in `partial_sums`, so that XLA:CPU can take it over from there.
+        exp = jnp.exp(x - maximum)
+        factor = jnp.zeros((), x.dtype)
+        if g.log_z is not None:
+            factor += g.log_z
+        if g.nll is not None:
+            factor += g.nll * normalizer.target_mass
+        if g.smooth_nll is not None:
+            factor += g.smooth_nll * normalizer.smooth_mass
+        dx = (factor * per_exp) * exp
+        if g.entropy is not None:
+            dx -= g.entropy * (per_exp * exp) * (normalizer.entropy - surprise(x))
+        if g.smooth_nll is not None:
+            dx -= g.smooth_nll * smooth_mass(x, weight)
+        return dx
+
     # What is left out could be NaN, which the sum of the soft cap's gradients would keep.
     x, pull_softcap = jax.vjp(cap_logits, logits if softcap is None else keep(live, logits), softcap)
-    # As in `partial_sums`, so that XLA:CPU can take it over from there.
-    exp = jnp.exp(x - maximum)
-    per_exp = jnp.exp(-normalizer.log_sum)
-    # -log p where it multiplies a weight, which an impossible class has none of.
-    nll = jnp.where(x == -jnp.inf, 0, normalizer.log_sum - (x - maximum))
-    factor = jnp.zeros((), x.dtype)
-    if g.log_z is not None:
-        factor += g.log_z
-    if g.nll is not None:
-        factor += g.nll * normalizer.target_mass
-    if g.smooth_nll is not None:
-        factor += g.smooth_nll * normalizer.smooth_mass
-    dx = (factor * per_exp) * exp
+    dx = slope(x, weight)
     dtarget = None if is_index(target) else jnp.zeros_like(x)
     dweight = None if weight is None else jnp.zeros_like(x)
-    if g.entropy is not None:
-        dx -= g.entropy * (per_exp * exp) * (normalizer.entropy - nll)
-    if g.smooth_nll is not None:
-        dx -= g.smooth_nll * smooth_mass(x, weight)
-        if dweight is not None:
-            dweight += g.smooth_nll * nll
+    if g.smooth_nll is not None and dweight is not None:
+        dweight += g.smooth_nll * surprise(x)
     if g.nll is not None and not is_index(target):
         dx -= jnp.where(x == -jnp.inf, 0, g.nll * target_mass(target, weight, x.dtype))
-        dtarget = g.nll * nll * (1 if weight is None else weight.astype(x.dtype))
+        dtarget = g.nll * surprise(x) * (1 if weight is None else weight.astype(x.dtype))
         if dweight is not None:
-            dweight += g.nll * nll * target.astype(x.dtype)
-    dx = keep_row(live, dx)
+            dweight += g.nll * surprise(x) * target.astype(x.dtype)
     dtarget, dweight = keep(live, (dtarget, dweight))
     if dweight is not None:
         dweight = dweight.sum(range(1, x.ndim), keepdims=True)
-    if g.nll is not None and is_index(target):
-        # Last, so that what may be a scatter is not followed by another pass over the row.
-        dx = subtract_at(dx, index, g.nll, in_place=logits.dtype.itemsize > 2 and softcap is None)
+    if g.nll is None or not is_index(target):
+        dx = keep_row(live, dx)
+    elif softcap is None and logits.dtype.itemsize > 2:
+        dx = subtract_label(
+            dx, index, g.nll, live, lambda: slope(gather(x, index), None if weight is None else gather(weight, index))
+        )
+    else:
+        dx = subtract_at(keep_row(live, dx), index, g.nll)
     if softcap is None:
         return Gradients(dx, dtarget, dweight, None)
     dx, dsoftcap = pull_softcap(dx)
@@ -413,28 +457,41 @@ def keep_row(live: Array | None, row: Array) -> Array:
     return jnp.where(jnp.isnan(row + dead), jnp.where(live, jnp.nan, jnp.zeros((), row.dtype)), row)
 
 
-def subtract_at(x: Array, index: Array, value: Array, *, in_place: bool = True) -> Array:
-    """`x` less `value` at `index`; nothing where `index` is outside of `x`.
+def subtract_label(row: Array, index: Array, value: Array, live: Array | None, entry: Callable[[], Array]) -> Array:
+    """`row` less `value` at `index`, where the row is `entry()`; zeros if not `live`."""
 
-    On a CPU in place, if that is wanted: XLA's loop over exponentials takes half as long again, fresh pages included,
-    with the index of the class in it. Where 16-bit gradients are made of `x` it isn't: the conversion hides that.
-    """
-    classes = x.shape[0]
+    def subtract(row: Array) -> Array:
+        return subtract_at(keep_row(live, row), index, value)
 
-    def compare(x: Array, index: Array, value: Array) -> Array:
-        return x - value * is_class(index, classes).astype(x.dtype)
+    def replace(row: Array) -> Array:
+        return keep(live, jnp.where(is_class(index, row.shape[0]), entry() - value, row))
 
-    def scatter(x: Array, index: Array, value: Array) -> Array:
-        return x.at[jnp.where(index < 0, classes, index)].add(-value, mode="drop")
+    # Of rows as long as these, XLA:CPU makes the exponentials again, in a loop that is just short enough for LLVM to
+    # interleave: to replace an entry takes an operation less than to subtract from it.
+    return on_cpu(replace, subtract, row) if is_long(row) else subtract(row)
 
-    if not in_place or classes <= _SHORT_ROW or x.ndim > 1:
-        return compare(x, index, value)
-    return on_cpu(scatter, compare, x, index, value)
+
+def subtract_at(x: Array, index: Array, value: Array) -> Array:
+    """`x` less `value` at `index`; nothing where `index` is outside of `x`."""
+    return x - value * is_class(index, x.shape[0]).astype(x.dtype)
+
+
+# Up to this many classes, XLA:CPU does better by adding up columns than by reducing rows: it vectorizes over examples,
+# if there is an even number of them, and fuses the sums with what is made of them (benchmarks/cross_entropy.py).
+_FEW_CLASSES = 10
+
+
+def suits_columns(num_classes: int, examples: int) -> bool:
+    return num_classes <= _FEW_CLASSES and examples % 2 == 0
 
 
 # The longest row that XLA:CPU reduces in one go; above it, its maximum and its sum of exponentials are several times
 # slower than over slabs (benchmarks/cross_entropy.py).
 _LONGEST_CPU_ROW = 32_768
+
+
+def is_long(row: Array) -> bool:
+    return row.ndim == 1 and row.shape[0] > _LONGEST_CPU_ROW
 
 
 def even_slabs(num_classes: int) -> int:
@@ -457,14 +514,24 @@ def fits_kernel(logits: Array) -> bool:
     return logits.ndim == 1 and logits.shape[0] >= _SHORTEST_KERNEL_ROW and logits.dtype.itemsize <= 4
 
 
-def row_sums(logits: Array, target: Target, weight: Array | None, softcap: Array | None, *, smooth: bool) -> Sums:
+def row_sums(
+    logits: Array,
+    target: Target,
+    weight: Array | None,
+    softcap: Array | None,
+    *,
+    smooth: bool,
+    by_columns: bool = False,
+) -> Sums:
     """The sums over all classes, in the form that suits the platform."""
     whole = partial(partial_sums, smooth=smooth)
     arguments = (logits, target, weight, softcap)
     mesh = jax.typeof(logits).sharding.mesh
     forms = {}
-    if logits.ndim == 1 and logits.shape[0] > _LONGEST_CPU_ROW and mesh.empty:
+    if is_long(logits) and mesh.empty:
         forms["cpu"] = partial(sums_in_slabs, smooth=smooth)
+    if by_columns and mesh.empty:
+        forms["cpu"] = partial(whole, by_columns=True)
     if ONE_READ_ON_GPU and softcap is None and fits_kernel(logits) and (mesh.empty or mesh.size == 1):
         # Imported where it is used, to keep the import of the package as cheap as it is.
         from jaxce._pallas import max_and_exp
@@ -487,7 +554,7 @@ def sums_in_slabs(logits: Array, target: Target, weight: Array | None, softcap: 
     if slabs > 1:
         first_classes = jnp.arange(slabs, dtype=jnp.int32) * (classes // slabs)
         views = jax.tree.map(partial(move, lambda row: row.reshape(slabs, -1)), rows)
-        sums = merge(jax.vmap(slab_sums)(first_classes, views))
+        sums = merge(jax.tree.map(stored, jax.vmap(slab_sums)(first_classes, views)))
     else:
 
         def step(_: None, start: Array | int, size: int) -> tuple[None, Sums]:
@@ -501,6 +568,11 @@ def sums_in_slabs(logits: Array, target: Target, weight: Array | None, softcap: 
         _, outs = scan_chunks(step, None, classes, width)
         sums = merge(jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs))
     return sums._replace(label_logit=cap_logits(pick(logits, target), softcap)) if index else sums
+
+
+def stored(x: Array) -> Array:
+    """`x`, by way of a select, which XLA:CPU's library for sums doesn't go on with."""
+    return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
 def scan_chunks(
@@ -548,9 +620,16 @@ def vary_alike(tree: Tree) -> Tree:
     return jax.tree.map(vary, tree)
 
 
+class Form(NamedTuple):
+    """How the numbers of an example are made; known when the function is traced."""
+
+    smooth: bool  # with `smooth_nll`
+    by_columns: bool  # on a CPU
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def softmax_stats(
-    smooth: bool,
+    form: Form,
     logits: Array,
     target: Target,
     weight: Array | None,
@@ -561,7 +640,7 @@ def softmax_stats(
 
     An example left out has zeros for numbers and for gradients, whatever its logits hold.
     """
-    stats, _ = read_stats(row_sums(logits, target, weight, softcap, smooth=smooth), target)
+    stats, _ = read_stats(row_sums(logits, target, weight, softcap, **form._asdict()), target)
     return keep(live, stats)
 
 
@@ -570,13 +649,17 @@ def primal_values(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
 
 
-def _softmax_stats_fwd(smooth: bool, *inputs: Any) -> tuple[Stats, tuple[Any, ...]]:
+def _softmax_stats_fwd(form: Form, *inputs: Any) -> tuple[Stats, tuple[Any, ...]]:
     logits, target, weight, softcap, live = primal_values(inputs)
-    stats, normalizer = read_stats(row_sums(logits, target, weight, softcap, smooth=smooth), target)
+    # Not where the gradient takes over the exponentials of rows; nor for examples behind the class axis, where each of
+    # its entries would find the maximum anew.
+    takes_over = logits.dtype.itemsize > 2 and softcap is None and is_index(target) and not form.smooth
+    form = form._replace(by_columns=form.by_columns and logits.ndim == 1 and not takes_over)
+    stats, normalizer = read_stats(row_sums(logits, target, weight, softcap, **form._asdict()), target)
     return keep(live, stats), (logits, target, weight, softcap, live, normalizer)
 
 
-def _softmax_stats_bwd(smooth: bool, residuals: tuple[Any, ...], cotangents: Stats) -> tuple[Array | None, ...]:
+def _softmax_stats_bwd(form: Form, residuals: tuple[Any, ...], cotangents: Stats) -> tuple[Array | None, ...]:
     logits, target, weight, softcap, live, normalizer = residuals
     wanted = Cotangents(*(None if isinstance(g, SymbolicZero) else g for g in cotangents))
     gradients = partial_gradients(logits, target, weight, softcap, live, normalizer, wanted)

@@ -13,14 +13,14 @@ import jaxce
 pytestmark = pytest.mark.usefixtures("x64")
 
 F64 = np.float64
-SHAPE, BATCH, CLASSES, AXIS = (3, 5, 2), (3, 2), 5, 1
+SHAPE, CLASSES, AXIS = (3, 5, 2), 5, 1
 SWITCHES = ["weight", "sample_weight", "label_smoothing", "z_loss", "logit_softcap"]
 
 
-def float_inputs(probabilities, switched_on):
+def float_inputs(probabilities, switched_on, shape=SHAPE, axis=AXIS):
     floats = {
         "weight": positive(CLASSES, 1, F64),
-        "sample_weight": positive(BATCH, 2, F64),
+        "sample_weight": positive(shape[:axis] + shape[axis + 1 :], 2, F64),
         "label_smoothing": jnp.asarray(0.3, F64),
         "z_loss": jnp.asarray(0.1, F64),
         "logit_softcap": jnp.asarray(1.5, F64),
@@ -28,7 +28,7 @@ def float_inputs(probabilities, switched_on):
     floats = {name: value for name, value in floats.items() if name in switched_on}
     if probabilities:
         # Targets needn't sum to one, and nothing may assume that they do.
-        floats["labels"] = distributions(SHAPE, AXIS, dtype=F64) * positive(SHAPE, 3, F64)
+        floats["labels"] = distributions(shape, axis, dtype=F64) * positive(shape, 3, F64)
     return floats
 
 
@@ -56,6 +56,32 @@ def test_cross_entropy_is_the_textbook_formula(switched_on, probabilities, maske
     got = value_and_grads(jaxce.cross_entropy, floats, **options)
     want = value_and_grads(jaxce.reference.cross_entropy, floats, **options)
     assert_trees_close(got, want)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((6, 5), 1), ((5, 5), 1), (SHAPE, AXIS)], ids=["even", "odd", "axis 1"])
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize(
+    "switched_on", [(), ("weight", "label_smoothing"), ("logit_softcap", "z_loss"), SWITCHES], ids=" ".join
+)
+def test_few_classes(switched_on, probabilities, shape, axis):
+    # A CPU has forms of its own for few classes, another one for the loss alone, and others again for 16 bits.
+    batch = shape[:axis] + shape[axis + 1 :]
+    # The reference's gradient of a soft cap is NaN where a class is impossible.
+    logits = normal(shape, 0, F64).at[0, 1].set(-1.0 if "logit_softcap" in switched_on else -np.inf)
+    floats = {"logits": logits, **float_inputs(probabilities, switched_on, shape, axis)}
+    options = {"axis": axis, "reduction": "none", "where": jnp.ones(batch, bool).at[1].set(False)}
+    if probabilities:
+        floats["labels"] = jnp.where(logits == -np.inf, 0, floats["labels"])
+    else:
+        options["labels"] = indices(batch, CLASSES)
+    want = value_and_grads(jaxce.reference.cross_entropy, floats, **options)
+    assert_trees_close(value_and_grads(jaxce.cross_entropy, floats, **options), want)
+    assert_close(jaxce.cross_entropy(**floats, **options), want[0])
+    for dtype, rtol in ((jnp.float16, 4e-3), (jnp.bfloat16, 3e-2)):
+        low = {**floats, "logits": logits.astype(dtype)}
+        want = value_and_grads(jaxce.reference.cross_entropy, {**low, "logits": low["logits"].astype(F64)}, **options)
+        assert_trees_close(value_and_grads(jaxce.cross_entropy, low, **options), want, rtol)
+        assert_close(jaxce.cross_entropy(**low, **options), want[0], 1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
