@@ -185,3 +185,16 @@ def test_what_is_left_out_behind_the_class_axis_reaches_no_gradient():
     assert_close(jnp.moveaxis(dirty[0], 1, -1), clean[0], 1e-5)
     assert_close(dirty[1], clean[1], 1e-5)
     assert_close(dirty[2], clean[2], 1e-5)
+
+
+def test_nan_stays_in_its_long_row():
+    # More than 32,768 classes take a form of their own on a CPU.
+    logits, labels = normal((3, 40_960)).at[:2, 7].set(jnp.nan), jnp.array([-100, 5, 5])
+    loss, gradient = jax.value_and_grad(lambda x: jaxce.cross_entropy(x, labels, reduction="sum"))(logits)
+    each = jaxce.cross_entropy(logits, labels, reduction="none")
+    assert np.isnan(loss)
+    np.testing.assert_array_equal(np.isnan(each), [False, True, False])
+    np.testing.assert_array_equal(gradient[0], 0)
+    assert np.all(np.isnan(gradient[1]))
+    assert np.all(np.isfinite(gradient[2]))
+    assert float(gradient[2].sum()) == pytest.approx(0, abs=1e-5)

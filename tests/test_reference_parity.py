@@ -58,13 +58,13 @@ def test_cross_entropy_is_the_textbook_formula(switched_on, probabilities, maske
     assert_trees_close(got, want)
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((6, 5), 1), ((5, 5), 1), (SHAPE, AXIS)], ids=["even", "odd", "axis 1"])
+@pytest.mark.parametrize(("shape", "axis"), [((6, 5), 1), (SHAPE, AXIS)], ids=["last", "axis 1"])
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 @pytest.mark.parametrize(
     "switched_on", [(), ("weight", "label_smoothing"), ("logit_softcap", "z_loss"), SWITCHES], ids=" ".join
 )
 def test_few_classes(switched_on, probabilities, shape, axis):
-    # A CPU has forms of its own for few classes, another one for the loss alone, and others again for 16 bits.
+    # An even number of examples takes other forms on a CPU: for the loss alone, with some options, and for 16 bits.
     batch = shape[:axis] + shape[axis + 1 :]
     # The reference's gradient of a soft cap is NaN where a class is impossible.
     logits = normal(shape, 0, F64).at[0, 1].set(-1.0 if "logit_softcap" in switched_on else -np.inf)
@@ -77,11 +77,10 @@ def test_few_classes(switched_on, probabilities, shape, axis):
     want = value_and_grads(jaxce.reference.cross_entropy, floats, **options)
     assert_trees_close(value_and_grads(jaxce.cross_entropy, floats, **options), want)
     assert_close(jaxce.cross_entropy(**floats, **options), want[0])
-    for dtype, rtol in ((jnp.float16, 4e-3), (jnp.bfloat16, 3e-2)):
-        low = {**floats, "logits": logits.astype(dtype)}
-        want = value_and_grads(jaxce.reference.cross_entropy, {**low, "logits": low["logits"].astype(F64)}, **options)
-        assert_trees_close(value_and_grads(jaxce.cross_entropy, low, **options), want, rtol)
-        assert_close(jaxce.cross_entropy(**low, **options), want[0], 1e-5)
+    low = {**floats, "logits": logits.astype(jnp.float16)}
+    want = value_and_grads(jaxce.reference.cross_entropy, {**low, "logits": low["logits"].astype(F64)}, **options)
+    assert_trees_close(value_and_grads(jaxce.cross_entropy, low, **options), want, 4e-3)
+    assert_close(jaxce.cross_entropy(**low, **options), want[0], 1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
