@@ -20,7 +20,6 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # There is no card to try kernels out on.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 
-import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,25 +165,15 @@ def optax_loss(axis: int) -> Callable[..., Array]:
     return loss
 
 
-def plainly(function: Callable[..., Any], *args: Any) -> Any:
-    return jax.jit(function).lower(*args).compile()
-
-
 def logits_row(
-    name: str,
-    label: str,
-    loss: Callable[..., Array],
-    shape: tuple[int, ...],
-    axis: int,
-    gradient: bool,
-    compile_it: Callable[..., Any] = plainly,
+    name: str, label: str, loss: Callable[..., Array], shape: tuple[int, ...], axis: int, gradient: bool
 ) -> str:
     mesh = Mesh(np.array([device(name)]), ("x",))
     placed = NamedSharding(mesh, PartitionSpec())
     logits = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=placed)
     labels = jax.ShapeDtypeStruct(shape[:axis] + shape[axis + 1 :], jnp.int32, sharding=placed)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = compile_it(jax.value_and_grad(loss) if gradient else loss, logits, labels)
+        compiled = jax.jit(jax.value_and_grad(loss) if gradient else loss).lower(logits, labels).compile()
     written, read = passes(compiled.as_text(), logits.size)
     temp = compiled.memory_analysis().temp_size_in_bytes / (2 * logits.size)
     what = "loss and gradient" if gradient else "loss"
@@ -222,9 +211,6 @@ def main() -> None:
             for gradient in (False, True):
                 ours = partial(jaxce.cross_entropy, axis=axis)
                 print(logits_row(name, "jaxce", ours, shape, axis, gradient), flush=True)
-                if name == "H200" and shape == LOGITS[0][0]:
-                    kernel = harness.compiled_with_one_read
-                    print(logits_row(name, "jaxce, one read", ours, shape, axis, gradient, kernel), flush=True)
                 print(logits_row(name, "optax", optax_loss(axis), shape, axis, gradient), flush=True)
 
 

@@ -152,9 +152,6 @@ def contestants(case: Case) -> tuple[dict[str, harness.Timed], int]:
         losses["optax one-hot"] = optax_one_hot_loss(case)
     functions = {name: jax.value_and_grad(loss) if case.gradient else loss for name, loss in losses.items()}
     timed = {name: harness.compiled(function, logits, labels) for name, function in functions.items()}
-    if jax.default_backend() == "gpu":
-        one_read = harness.compiled_with_one_read(functions["jaxce"], logits, labels)
-        timed["jaxce, one read"] = harness.timed(one_read, logits, labels)
     timed["copy"] = harness.compiled(jnp.copy, logits)
     timed["maximum"] = harness.compiled(lambda x: x.max(case.axis), logits)
     if importlib.util.find_spec("torch"):

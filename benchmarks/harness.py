@@ -14,8 +14,6 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxce import _softmax_stats
-
 # Seconds after which the threads of PyTorch's pool have stopped waiting busily for more work, at others' cost.
 THREADS_REST = 0.01
 # Runs below so many seconds are run twice, and timed the second time.
@@ -34,25 +32,11 @@ class Timed:
 
 def compiled(function: Callable[..., Any], *args: Any) -> Timed:
     """`function` compiled by JAX for these arguments."""
-    return timed(jax.jit(function).lower(*args).compile(), *args)
-
-
-def timed(executable: Any, *args: Any) -> Timed:
+    executable = jax.jit(function).lower(*args).compile()
     memory = executable.memory_analysis()
     return Timed(
         lambda: jax.block_until_ready(executable(*args)), None if memory is None else memory.temp_size_in_bytes
     )
-
-
-def compiled_with_one_read(function: Callable[..., Any], *args: Any) -> Any:
-    """`function` of these arguments compiled with the kernel that is off by default (`ONE_READ_ON_GPU`)."""
-    jax.clear_caches()
-    _softmax_stats.ONE_READ_ON_GPU = True
-    try:
-        return jax.jit(function).lower(*args).compile()
-    finally:
-        _softmax_stats.ONE_READ_ON_GPU = False
-        jax.clear_caches()
 
 
 def measure(contestants: dict[str, Timed], seconds: float = 1.0, rounds: int = 5) -> None:

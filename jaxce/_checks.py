@@ -5,6 +5,7 @@ under `jax.jit`. chex makes the assertions and our own words explain them; what 
 `chex.disable_asserts()` is refused all the same, so that nothing broadcasts silently.
 """
 
+import dataclasses
 import difflib
 import numbers
 import operator
@@ -15,7 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxce._label_check import name_bad_labels
@@ -40,6 +41,86 @@ def as_array(name: str, value: ArrayLike) -> Array:
             pass
     raise TypeError(
         f"{name} must be an array, or what jnp.asarray makes into one; got {type(value).__name__}: {_brief(value)}"
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The options of a loss, None where one is off. `jax.jit` traces the arrays and knows the others."""
+
+    weight: Array | None
+    sample_weight: Array | None
+    where: Array | None
+    label_smoothing: Array | None
+    z_loss: Array | None
+    logit_softcap: Array | None
+    ignore_index: int = dataclasses.field(metadata={"static": True})
+    reduction: str = dataclasses.field(metadata={"static": True})
+    return_stats: bool = dataclasses.field(metadata={"static": True})
+
+    def class_weight_within(self, targets: Array) -> Array | None:
+        """The class weights, where they enter an example's numbers: one alone only multiplies the example's loss."""
+        return self.weight if self.label_smoothing is not None or not _is_int(targets) else None
+
+
+def loss_options(
+    labels: ArrayLike,
+    *,
+    weight: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    ignore_index: int,
+    where: ArrayLike | None,
+    reduction: str,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    return_stats: bool = False,
+) -> tuple[Array, LossOptions]:
+    """The labels and options of a loss as `jax.jit` takes them; shapes are checked where it is traced."""
+    labels, ignore_index = as_labels(labels, integer("ignore_index", ignore_index))
+    return labels, LossOptions(
+        weight=as_optional_array("weight", weight),
+        sample_weight=as_optional_array("sample_weight", sample_weight),
+        where=as_optional_array("where", where),
+        label_smoothing=as_scalar(
+            "label_smoothing", label_smoothing, off=0, valid=lambda v: 0 <= v <= 1, rule="a number from 0 to 1"
+        ),
+        z_loss=as_scalar("z_loss", z_loss, off=0, valid=lambda v: v >= 0, rule="a number that isn't negative"),
+        logit_softcap=as_scalar(
+            "logit_softcap", logit_softcap, off=None, valid=lambda v: v > 0, rule="a positive number, or None"
+        ),
+        ignore_index=ignore_index,
+        reduction=choice("reduction", reduction, REDUCTIONS),
+        return_stats=flag("return_stats", return_stats),
+    )
+
+
+class ProjectionOptions(NamedTuple):
+    """How `linear_cross_entropy` projects; known when it is traced."""
+
+    transpose_kernel: bool
+    num_classes: int | None
+    chunk_size: int | None
+    strategy: str
+    precision: lax.PrecisionLike
+
+
+def projection_options(
+    *,
+    transpose_kernel: bool,
+    num_classes: int | None,
+    chunk_size: int | None,
+    strategy: str,
+    precision: lax.PrecisionLike,
+) -> ProjectionOptions:
+    """The options of the projection, checked one by one."""
+    return ProjectionOptions(
+        transpose_kernel=flag("transpose_kernel", transpose_kernel),
+        num_classes=None if num_classes is None else integer("num_classes", num_classes),
+        chunk_size=None if chunk_size is None else integer("chunk_size", chunk_size),
+        strategy=choice("strategy", strategy, STRATEGIES),
+        precision=precision,
     )
 
 
@@ -68,8 +149,8 @@ def as_scalar(
     off: float | None,
     valid: Callable[[float], bool],
     rule: str,
-) -> ArrayLike | None:
-    """A float option, None where it is off. The range of an array isn't known when it is traced."""
+) -> Array | None:
+    """A float option, a Python number or an array; None where it is off. The range of an array isn't known."""
     if value is None and off is None:
         return None
     if isinstance(value, numbers.Real):
@@ -80,18 +161,6 @@ def as_scalar(
     if array.shape != () or not (_is_float(array) or _is_int(array)):
         raise ValueError(f"{name} must be a real number or a scalar array; got {_describe(array)}")
     return array
-
-
-def label_smoothing(value: ArrayLike) -> ArrayLike | None:
-    return as_scalar("label_smoothing", value, off=0, valid=lambda v: 0 <= v <= 1, rule="a number from 0 to 1")
-
-
-def z_loss(value: ArrayLike) -> ArrayLike | None:
-    return as_scalar("z_loss", value, off=0, valid=lambda v: v >= 0, rule="a number that isn't negative")
-
-
-def logit_softcap(value: ArrayLike | None) -> ArrayLike | None:
-    return as_scalar("logit_softcap", value, off=None, valid=lambda v: v > 0, rule="a positive number, or None")
 
 
 def integer(name: str, value: Any) -> int:
@@ -146,15 +215,30 @@ def examples(
     shape: Shape,
     axis: int,
     labels: Array,
-    ignore_index: int,
-    where: Array | None,
+    options: LossOptions,
     source: str | None = None,
 ) -> Examples:
-    """Checks the labels of scores `name` of that shape, and reads off them which examples count.
+    """Checks labels and options of scores `name` of that shape, and reads off them which examples count.
 
     `source` says where the batch shape comes from, if not from the scores themselves.
     """
     batch = shape[:axis] + shape[axis + 1 :]
+    examples = _examples(name, shape, axis, batch, labels, options.ignore_index, options.where, source)
+    _check_weight(options.weight, shape[axis])
+    _check_sample_weight(options.sample_weight, batch)
+    return examples
+
+
+def _examples(
+    name: str,
+    shape: Shape,
+    axis: int,
+    batch: Shape,
+    labels: Array,
+    ignore_index: int,
+    where: Array | None,
+    source: str | None,
+) -> Examples:
     origin = f"{name} {shape} without the class axis" if source is None else f"{source} without the last axis"
     live = None if where is None else _live(name, shape, batch, where, origin)
     if labels.dtype == bool:
@@ -237,7 +321,7 @@ def _label_shape_message(name: str, shape: Shape, axis: int, batch: Shape, label
     return message
 
 
-def weight(value: Array | None, num_classes: int) -> None:
+def _check_weight(value: Array | None, num_classes: int) -> None:
     if value is None:
         return
     _assert_real("weight", value)
@@ -251,7 +335,7 @@ def weight(value: Array | None, num_classes: int) -> None:
     )
 
 
-def sample_weight(value: Array | None, batch: Shape) -> None:
+def _check_sample_weight(value: Array | None, batch: Shape) -> None:
     if value is None:
         return
     _assert_real("sample_weight", value)
@@ -262,14 +346,30 @@ def sample_weight(value: Array | None, batch: Shape) -> None:
     )
 
 
-def projection(
-    hidden: Array, kernel: Array, bias: Array | None, transpose_kernel: bool, num_classes: int | None
-) -> int:
+def projection(hidden: Array, kernel: Array, bias: Array | None, options: ProjectionOptions) -> int:
     """Checks that `hidden @ kernel + bias` is right; how many of its columns are classes."""
     _assert_float("hidden", hidden)
     _assert_float("kernel", kernel)
     if hidden.ndim == 0:
         raise ValueError("hidden must have a last axis of features; got a scalar")
+    columns = _columns(hidden, kernel, options.transpose_kernel)
+    if columns == 0:
+        raise ValueError(f"kernel must have at least one class; got shape {kernel.shape}")
+    if bias is not None:
+        _assert_float("bias", bias)
+        _assert_shape(
+            bias, (columns,), lambda: f"bias must have shape ({columns},), one entry a class; got {bias.shape}"
+        )
+    num_classes, chunk_size = options.num_classes, options.chunk_size
+    if num_classes is not None and not 1 <= num_classes <= columns:
+        raise ValueError(f"num_classes must be from 1 to {columns}, the classes of kernel; got {num_classes}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None; got {chunk_size}")
+    return columns if num_classes is None else num_classes
+
+
+def _columns(hidden: Array, kernel: Array, transpose_kernel: bool) -> int:
+    """How many columns `hidden @ kernel` has."""
     features = hidden.shape[-1]
     layout = "(C, D) with transpose_kernel=True" if transpose_kernel else "(D, C)"
     if kernel.ndim != 2:
@@ -283,21 +383,7 @@ def projection(
         if columns == features:
             message += f": it fits with transpose_kernel={not transpose_kernel}"
         raise ValueError(message)
-    if columns == 0:
-        raise ValueError(f"kernel must have at least one class; got shape {kernel.shape}")
-    if bias is not None:
-        _assert_float("bias", bias)
-        _assert_shape(
-            bias, (columns,), lambda: f"bias must have shape ({columns},), one entry a class; got {bias.shape}"
-        )
-    if num_classes is not None and not 1 <= num_classes <= columns:
-        raise ValueError(f"num_classes must be from 1 to {columns}, the classes of kernel; got {num_classes}")
-    return columns if num_classes is None else num_classes
-
-
-def chunk_size(value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None; got {value}")
+    return columns
 
 
 def class_mask(where: Array | None, shape: Shape) -> Array | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxce._softmax_stats import Stats, Target, is_index
+from jaxce._softmax import Stats, Target, is_index
 
 
 class Options(NamedTuple):

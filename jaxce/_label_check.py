@@ -1,14 +1,14 @@
 """Labels out of range, named where `jax.experimental.checkify` looks; nothing at all anywhere else.
 
 `checkify.debug_check` would do, were it not for an effect that it leaves on every function, which `jax.export` can't
-serialize. So this is an identity on the labels, which lowers to nothing, and which checkify has a rule for.
+serialize. So this is an identity on the labels, which lowers to nothing, and which checkify has a rule for. The table
+of such rules has no public name: where it isn't what it was, the rule is left out, and with it the message.
 """
 
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax._src import checkify  # The table of rules has no public name.
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -41,16 +41,30 @@ def _batch(args: tuple[Array, Array], dims: tuple[Any, Any], *, num_classes: int
 batching.primitive_batchers[_named_labels_p] = _batch
 
 
-def _checkify(*args: Any, num_classes: int) -> tuple[Any, Array]:
-    *context, error, enabled, labels, fine = args  # Newer JAX passes a context first; 0.10.2 has none.
-    if checkify.FailedCheckError in enabled and labels.size:
-        found = checkify.FailedCheckError(
-            checkify.get_traceback(),
-            f"labels must be from 0 to {num_classes - 1}, or ignore_index; got {{label}} with {num_classes} classes",
-            label=jnp.where(fine, jnp.iinfo(labels.dtype).min, labels).max(),
+def _register_rule() -> None:
+    """Teaches checkify to name a label, if its private parts are those that are known here."""
+    try:
+        from jax._src import checkify
+
+        rules, failed, traceback, fail = (
+            checkify.error_checks,
+            checkify.FailedCheckError,
+            checkify.get_traceback,
+            checkify.assert_func,
         )
-        error = checkify.assert_func(*context, error, ~fine.all(), found)  # type: ignore[call-arg]
-    return error, labels
+    except (ImportError, AttributeError):
+        return
+
+    def rule(*args: Any, num_classes: int) -> tuple[Any, Array]:
+        *context, error, enabled, labels, fine = args  # Newer JAX passes a context first; 0.10.2 has none.
+        if failed in enabled and labels.size:
+            message = "labels must be from 0 to {}, or ignore_index; got {{label}} with {} classes"
+            worst = jnp.where(fine, jnp.iinfo(labels.dtype).min, labels).max()
+            found = failed(traceback(), message.format(num_classes - 1, num_classes), label=worst)
+            error = fail(*context, error, ~fine.all(), found)  # type: ignore[call-arg]
+        return error, labels
+
+    rules[_named_labels_p] = rule
 
 
-checkify.error_checks[_named_labels_p] = _checkify
+_register_rule()

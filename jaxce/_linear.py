@@ -2,18 +2,20 @@
 
 import math
 from functools import partial
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, cast, overload
 
 import jax
 from jax import Array, lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 from jax.typing import ArrayLike
 
-from jaxce import _checks
+from jaxce import _checks, _forms
+from jaxce._checks import LossOptions, ProjectionOptions
 from jaxce._compose import Options, divide, example_losses, example_weights, weight_sum
 from jaxce._loops import Config, Inputs, Loop, linear_stats, matmul_dtype, summed_loss
 from jaxce._losses import LossStats, Reduction
-from jaxce._softmax_stats import compute_dtype, is_index, vary_alike
+from jaxce._mesh import explicit_mesh, vary_alike
+from jaxce._softmax import compute_dtype, is_index
 
 Strategy: TypeAlias = Literal["auto", "tokens", "classes"]
 
@@ -142,112 +144,96 @@ def linear_cross_entropy(
       >>> print(f"{jaxce.linear_cross_entropy(hidden, kernel, [2, 1, 0]):.4f}")
       1.4076
     """
-    labels, ignore_index = _checks.as_labels(labels, _checks.integer("ignore_index", ignore_index))
+    labels, options = _checks.loss_options(
+        labels,
+        weight=weight,
+        sample_weight=sample_weight,
+        ignore_index=ignore_index,
+        where=where,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_softcap=logit_softcap,
+        reduction=reduction,
+        return_stats=return_stats,
+    )
     return _linear_cross_entropy(
         _checks.as_array("hidden", hidden),
         _checks.as_array("kernel", kernel),
-        labels,
         _checks.as_optional_array("bias", bias),
-        _checks.as_optional_array("weight", weight),
-        _checks.as_optional_array("sample_weight", sample_weight),
-        _checks.as_optional_array("where", where),
-        _checks.label_smoothing(label_smoothing),
-        _checks.z_loss(z_loss),
-        _checks.logit_softcap(logit_softcap),
-        transpose_kernel=_checks.flag("transpose_kernel", transpose_kernel),
-        num_classes=None if num_classes is None else _checks.integer("num_classes", num_classes),
-        chunk_size=None if chunk_size is None else _checks.integer("chunk_size", chunk_size),
-        strategy=_checks.choice("strategy", strategy, _checks.STRATEGIES),
-        precision=precision,
-        ignore_index=ignore_index,
-        reduction=_checks.choice("reduction", reduction, _checks.REDUCTIONS),
-        return_stats=_checks.flag("return_stats", return_stats),
+        labels,
+        options,
+        projection=_checks.projection_options(
+            transpose_kernel=transpose_kernel,
+            num_classes=num_classes,
+            chunk_size=chunk_size,
+            strategy=strategy,
+            precision=precision,
+        ),
     )
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "transpose_kernel",
-        "num_classes",
-        "chunk_size",
-        "strategy",
-        "precision",
-        "ignore_index",
-        "reduction",
-        "return_stats",
-    ),
-)
+@partial(jax.jit, static_argnames=("projection",))
 def _linear_cross_entropy(
     hidden: Array,
     kernel: Array,
-    labels: Array,
     bias: Array | None,
-    weight: Array | None,
-    sample_weight: Array | None,
-    where: Array | None,
-    label_smoothing: Array | None,
-    z_loss: Array | None,
-    logit_softcap: Array | None,
+    labels: Array,
+    options: LossOptions,
     *,
-    transpose_kernel: bool,
-    num_classes: int | None,
-    chunk_size: int | None,
-    strategy: Strategy,
-    precision: lax.PrecisionLike,
-    ignore_index: int,
-    reduction: str,
-    return_stats: bool,
+    projection: ProjectionOptions,
 ) -> Array | tuple[Array, LossStats]:
-    num_classes = _checks.projection(hidden, kernel, bias, transpose_kernel, num_classes)
-    _checks.chunk_size(chunk_size)
+    num_classes = _checks.projection(hidden, kernel, bias, projection)
     batch = hidden.shape[:-1]
     targets, live = _checks.examples(
-        "logits", (*batch, num_classes), len(batch), labels, ignore_index, where, source=f"hidden {hidden.shape}"
+        "logits", (*batch, num_classes), len(batch), labels, options, source=f"hidden {hidden.shape}"
     )
-    _checks.weight(weight, num_classes)
-    _checks.sample_weight(sample_weight, batch)
-
-    smooth = label_smoothing is not None
-    class_weight = weight if smooth or not is_index(targets) else None
-    inputs = Inputs(hidden, kernel, bias, targets, class_weight, logit_softcap, live)
-    auto = strategy == "auto"
-    config = Config(
-        loop=choose_loop(strategy, inputs, reduction),
-        either_loop=auto,
-        # With more devices than one, the tokens could lie on others than the gradient of the kernel.
-        keeps_logits=auto and jax.default_backend() == "cpu" and jax.device_count() == 1,
-        chunk_size=chunk_size,
-        num_classes=num_classes,
-        transpose_kernel=transpose_kernel,
-        precision=precision,
-        smooth=smooth,
-    )
-    compute = partial(_loss_and_stats, config, reduction, return_stats)
+    class_weight = options.class_weight_within(targets)
+    inputs = Inputs(hidden, kernel, bias, targets, class_weight, options.logit_softcap, live)
+    config = configure(projection, num_classes, inputs, options)
+    compute = partial(_loss_and_stats, config, options)
     mesh = explicit_mesh(inputs)
     if mesh is not None:
         # Inside of it, XLA places the arrays.
         of_batch: Any = NamedSharding(mesh, PartitionSpec(*jax.typeof(hidden).sharding.spec[: len(batch)]))
         scalar: Any = NamedSharding(mesh, PartitionSpec())
-        out = of_batch if reduction == "none" else scalar
+        out = of_batch if options.reduction == "none" else scalar
         stats = LossStats(of_batch, of_batch, of_batch, of_batch, scalar)
-        compute = auto_axes(compute, out_sharding=(out, stats) if return_stats else out)
-    return compute(inputs, sample_weight, weight, Options(label_smoothing, z_loss))
+        compute = auto_axes(compute, out_sharding=(out, stats) if options.return_stats else out)
+    return compute(inputs, options.sample_weight, options.weight, Options(options.label_smoothing, options.z_loss))
 
 
-def explicit_mesh(inputs: Inputs) -> AbstractMesh | None:
-    """The mesh with explicit axes on which some of the inputs lie."""
-    for array in jax.tree.leaves(inputs):
-        mesh = jax.typeof(array).sharding.mesh
-        if AxisType.Explicit in mesh.axis_types:
-            return mesh
-    return None
+def configure(projection: ProjectionOptions, num_classes: int, inputs: Inputs, options: LossOptions) -> Config:
+    """What is known of the loop when the function is traced."""
+    auto = projection.strategy == "auto"
+    return Config(
+        loop=choose_loop(inputs, options.reduction) if auto else cast(Loop, projection.strategy),
+        either_loop=auto,
+        # With more devices than one, the tokens could lie on others than the gradient of the kernel.
+        keeps_logits=auto and jax.default_backend() == "cpu" and jax.device_count() == 1,
+        chunk_size=projection.chunk_size,
+        num_classes=num_classes,
+        transpose_kernel=projection.transpose_kernel,
+        precision=projection.precision,
+        smooth=options.label_smoothing is not None,
+        form=_forms.chosen(),
+    )
+
+
+def choose_loop(inputs: Inputs, reduction: str) -> Loop:
+    """The loop for "auto": see the docstring of `linear_cross_entropy`, and docs/linear.md for what was measured."""
+    *batch, features = inputs.hidden.shape
+    if jax.default_backend() == "cpu":
+        # A slab's logits stay in the cache, which makes up for the fourth matmul; the gradient of a small kernel, which
+        # the loop over tokens adds to, does so too.
+        over_tokens = inputs.kernel.size <= SMALL_KERNEL
+    else:
+        over_tokens = 16 * features <= math.prod(batch) * inputs.hidden.dtype.itemsize
+    return "tokens" if over_tokens and reduction != "none" else "classes"
 
 
 def _loss_and_stats(
     config: Config,
-    reduction: str,
-    return_stats: bool,
+    loss_options: LossOptions,
     inputs: Inputs,
     sample_weight: Array | None,
     weight: Array | None,
@@ -266,31 +252,17 @@ def _loss_and_stats(
     dtype = compute_dtype(matmul_dtype(hidden, inputs.kernel))
     weights = example_weights(targets, live, sample_weight, weight, dtype)
     total_weight = weight_sum(weights, live, jax.ShapeDtypeStruct((tokens,), dtype))
-    if reduction == "none":
+    if loss_options.reduction == "none":
         stats, predicted = linear_stats(config, inputs)
         loss = example_losses(stats, weights, config.num_classes, options).reshape(batch)
     else:
         loss, (stats, predicted) = summed_loss(config, inputs, weights, options)
-        if reduction == "mean":
+        if loss_options.reduction == "mean":
             loss = divide(loss, total_weight)
-    if not return_stats:
+    if not loss_options.return_stats:
         return loss
     if inputs.class_weight is not None and not is_index(targets):
         stats, _ = linear_stats(config._replace(smooth=False), inputs._replace(class_weight=None))
     per_token = (stats.nll, stats.log_z, stats.entropy, predicted)
     nll, log_z, entropy, predicted = (array.reshape(batch) for array in per_token)
     return loss, lax.stop_gradient(LossStats(nll, log_z, entropy, predicted, total_weight))
-
-
-def choose_loop(strategy: Strategy, inputs: Inputs, reduction: str) -> Loop:
-    """The loop for "auto": see the docstring of `linear_cross_entropy`, and docs/linear.md for what was measured."""
-    if strategy != "auto":
-        return strategy
-    *batch, features = inputs.hidden.shape
-    if jax.default_backend() == "cpu":
-        # A slab's logits stay in the cache, which makes up for the fourth matmul; the gradient of a small kernel, which
-        # the loop over tokens adds to, does so too.
-        over_tokens = inputs.kernel.size <= SMALL_KERNEL
-    else:
-        over_tokens = 16 * features <= math.prod(batch) * inputs.hidden.dtype.itemsize
-    return "tokens" if over_tokens and reduction != "none" else "classes"

@@ -9,19 +9,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxce import _checks
+from jaxce import _checks, _forms
+from jaxce._checks import LossOptions
 from jaxce._compose import Options, example_losses, example_weights, reduce_losses, times, weight_sum
-from jaxce._softmax_stats import (
-    Form,
-    Stats,
-    is_index,
-    log_probs,
-    negative_log_prob,
-    own,
-    softmax_stats,
-    suits_columns,
-    vary_alike,
-)
+from jaxce._mesh import vary_alike
+from jaxce._softmax import Stats, is_index, log_probs, negative_log_prob, softmax_stats
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 
@@ -67,8 +59,7 @@ def stats_of_examples(
     smooth: bool,
 ) -> Stats:
     """The numbers of every example."""
-    innermost = logits.shape[axis - 1] if axis == logits.ndim - 1 else logits.shape[-1]
-    one = partial(softmax_stats, Form(smooth, by_columns=suits_columns(logits.shape[axis], innermost)))
+    one = partial(softmax_stats, _forms.chosen(), smooth)
     in_axes = (0, 0, None, None, None if live is None else 0)
     weight = along_classes(weight, logits, axis)
     return over_examples(one, axis, in_axes)(*vary_alike((logits, targets, weight, softcap, live)))
@@ -117,7 +108,8 @@ def log_softmax(logits: ArrayLike, axis: int = -1, *, where: ArrayLike | None = 
 def _log_softmax(logits: Array, where: Array | None, *, axis: int) -> Array:
     axis = _checks.class_axis("logits", logits, axis)
     where = _checks.class_mask(where, logits.shape)
-    return over_examples(log_probs, axis, (0, None if where is None else 0))(*vary_alike((logits, where)))
+    one = partial(log_probs, _forms.chosen())
+    return over_examples(one, axis, (0, None if where is None else 0))(*vary_alike((logits, where)))
 
 
 def nll_loss(
@@ -163,40 +155,27 @@ def nll_loss(
       >>> print(f"{jaxce.nll_loss(log_probs, [0, 1]):.4f}")
       0.2899
     """
-    labels, ignore_index = _checks.as_labels(labels, _checks.integer("ignore_index", ignore_index))
-    return _nll_loss(
-        _checks.as_array("log_probs", log_probs),
+    labels, options = _checks.loss_options(
         labels,
-        _checks.as_optional_array("weight", weight),
-        _checks.as_optional_array("sample_weight", sample_weight),
-        _checks.as_optional_array("where", where),
-        axis=_checks.integer("axis", axis),
+        weight=weight,
+        sample_weight=sample_weight,
         ignore_index=ignore_index,
-        reduction=_checks.choice("reduction", reduction, _checks.REDUCTIONS),
+        where=where,
+        reduction=reduction,
     )
+    return _nll_loss(_checks.as_array("log_probs", log_probs), labels, options, axis=_checks.integer("axis", axis))
 
 
-@partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction"))
-def _nll_loss(
-    log_probs: Array,
-    labels: Array,
-    weight: Array | None,
-    sample_weight: Array | None,
-    where: Array | None,
-    *,
-    axis: int,
-    ignore_index: int,
-    reduction: str,
-) -> Array:
+@partial(jax.jit, static_argnames=("axis",))
+def _nll_loss(log_probs: Array, labels: Array, options: LossOptions, *, axis: int) -> Array:
     axis = _checks.class_axis("log_probs", log_probs, axis)
-    targets, live = _checks.examples("log_probs", log_probs.shape, axis, labels, ignore_index, where)
-    _checks.weight(weight, log_probs.shape[axis])
-    _checks.sample_weight(sample_weight, log_probs.shape[:axis] + log_probs.shape[axis + 1 :])
+    targets, live = _checks.examples("log_probs", log_probs.shape, axis, labels, options)
+    weight = options.weight
     in_axes = (0, 0, None, None if live is None else 0)
     class_weight = along_classes(weight, log_probs, axis)
     nll = over_examples(negative_log_prob, axis, in_axes)(*vary_alike((log_probs, targets, class_weight, live)))
-    weights = example_weights(targets, live, sample_weight, weight, nll.dtype)
-    return reduce_losses(times(weights.total, nll), weight_sum(weights, live, nll), reduction)
+    weights = example_weights(targets, live, options.sample_weight, weight, nll.dtype)
+    return reduce_losses(times(weights.total, nll), weight_sum(weights, live, nll), options.reduction)
 
 
 @overload
@@ -297,56 +276,36 @@ def cross_entropy(
       >>> print(f"{jaxce.cross_entropy(logits, [2, 1, 0]):.4f}")
       1.4076
     """
-    labels, ignore_index = _checks.as_labels(labels, _checks.integer("ignore_index", ignore_index))
-    return _cross_entropy(
-        _checks.as_array("logits", logits),
+    labels, options = _checks.loss_options(
         labels,
-        _checks.as_optional_array("weight", weight),
-        _checks.as_optional_array("sample_weight", sample_weight),
-        _checks.as_optional_array("where", where),
-        _checks.label_smoothing(label_smoothing),
-        _checks.z_loss(z_loss),
-        _checks.logit_softcap(logit_softcap),
-        axis=_checks.integer("axis", axis),
+        weight=weight,
+        sample_weight=sample_weight,
         ignore_index=ignore_index,
-        reduction=_checks.choice("reduction", reduction, _checks.REDUCTIONS),
-        return_stats=_checks.flag("return_stats", return_stats),
+        where=where,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_softcap=logit_softcap,
+        reduction=reduction,
+        return_stats=return_stats,
     )
+    return _cross_entropy(_checks.as_array("logits", logits), labels, options, axis=_checks.integer("axis", axis))
 
 
-@partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction", "return_stats"))
-def _cross_entropy(
-    logits: Array,
-    labels: Array,
-    weight: Array | None,
-    sample_weight: Array | None,
-    where: Array | None,
-    label_smoothing: Array | None,
-    z_loss: Array | None,
-    logit_softcap: Array | None,
-    *,
-    axis: int,
-    ignore_index: int,
-    reduction: str,
-    return_stats: bool,
-) -> Array | tuple[Array, LossStats]:
+@partial(jax.jit, static_argnames=("axis",))
+def _cross_entropy(logits: Array, labels: Array, options: LossOptions, *, axis: int) -> Array | tuple[Array, LossStats]:
     axis = _checks.class_axis("logits", logits, axis)
-    targets, live = _checks.examples("logits", logits.shape, axis, labels, ignore_index, where)
-    num_classes = logits.shape[axis]
-    _checks.weight(weight, num_classes)
-    _checks.sample_weight(sample_weight, logits.shape[:axis] + logits.shape[axis + 1 :])
-    # Class weights enter the numbers of an example where they weigh several classes, else they multiply its nll.
-    smooth = label_smoothing is not None
-    class_weight = weight if smooth or not is_index(targets) else None
-    stats = stats_of_examples(logits, targets, axis, class_weight, logit_softcap, live, smooth=smooth)
-    weights = example_weights(targets, live, sample_weight, weight, stats.nll.dtype)
-    losses = example_losses(stats, weights, num_classes, Options(label_smoothing, z_loss))
+    targets, live = _checks.examples("logits", logits.shape, axis, labels, options)
+    stats_of = partial(stats_of_examples, logits, targets, axis, softcap=options.logit_softcap, live=live)
+    class_weight = options.class_weight_within(targets)
+    stats = stats_of(weight=class_weight, smooth=options.label_smoothing is not None)
+    weights = example_weights(targets, live, options.sample_weight, options.weight, stats.nll.dtype)
+    losses = example_losses(stats, weights, logits.shape[axis], Options(options.label_smoothing, options.z_loss))
     total_weight = weight_sum(weights, live, losses)
-    loss = reduce_losses(losses, total_weight, reduction)
-    if not return_stats:
+    loss = reduce_losses(losses, total_weight, options.reduction)
+    if not options.return_stats:
         return loss
     if class_weight is not None and not is_index(targets):
-        stats = stats_of_examples(logits, targets, axis, None, logit_softcap, live, smooth=False)
-    predicted = jnp.argmax(own(logits)[0], axis).astype(jnp.int32)
+        stats = stats_of(weight=None, smooth=False)
+    predicted = jnp.argmax(_forms.read_again(logits), axis).astype(jnp.int32)
     read = LossStats(stats.nll, stats.log_z, stats.entropy, predicted, total_weight)
     return loss, lax.stop_gradient(read)

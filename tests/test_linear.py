@@ -75,15 +75,22 @@ def gradients(loss, arrays, labels, **options):
 
 
 @pytest.mark.parametrize(
-    ("options", "reduction"),
-    [("plain", "mean"), ("weight", "mean"), ("smoothing", "none"), ("all", "mean"), ("all", "sum"), ("all", "none")],
+    ("options", "reduction", "chunks"),
+    [
+        ("plain", "mean", CHUNKS),
+        ("weight", "mean", [7]),
+        ("smoothing", "none", [7]),
+        ("all", "mean", [7]),
+        ("all", "sum", [7]),
+        ("all", "none", [1, 40]),
+    ],
 )
 @pytest.mark.parametrize("loop", LOOPS)
-def test_equals_cross_entropy_of_the_logits(loop, options, reduction, x64):
+def test_equals_cross_entropy_of_the_logits(loop, options, reduction, chunks, x64):
     arrays, options = problem(), {**OPTIONS[options], "reduction": reduction}
     options = {k: v.astype(jnp.float64) if hasattr(v, "dtype") and v.dtype != bool else v for k, v in options.items()}
     want = gradients(dense, arrays, LABELS, **options)
-    for chunk in CHUNKS:
+    for chunk in chunks:
         got = gradients(
             jaxce.linear_cross_entropy, arrays, LABELS, strategy=loop, chunk_size=chunk, precision="highest", **options
         )
@@ -96,9 +103,8 @@ def test_class_probabilities(loop, reduction, smoothing, x64):
     labels, weight = distributions((N, C), dtype=np.float64), positive((C,), 5, np.float64)
     options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
     want = gradients(dense, problem(), labels, **options)
-    for chunk in (7, 40):
-        got = gradients(jaxce.linear_cross_entropy, problem(), labels, strategy=loop, chunk_size=chunk, **options)
-        assert_trees_close(got, want, 1e-11)
+    got = gradients(jaxce.linear_cross_entropy, problem(), labels, strategy=loop, chunk_size=7, **options)
+    assert_trees_close(got, want, 1e-11)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -123,9 +129,10 @@ def test_transposed_kernel_and_any_batch_axes(loop, x64):
     assert_close(one, dense(arrays["hidden"][0], arrays["kernel"], LABELS[0], bias=arrays["bias"]))
 
 
-@pytest.mark.parametrize("tokens", [2, D, N])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "reduction", "transposed"),
+    [(2, "mean", False), (D, "mean", True), (N, "mean", False), (2, "none", True), (N, "none", True)],
+)
 def test_logits_in_the_room_of_the_kernels_gradient(transposed, reduction, tokens, x64):
     """Fewer tokens than there is room for, as many, and more."""
     arrays = problem(classes=C + 2)
@@ -147,10 +154,10 @@ def test_logits_in_the_room_of_the_kernels_gradient(transposed, reduction, token
     assert_close(grads["hidden"], want_grads["hidden"])
 
 
-@pytest.mark.parametrize("fill", [50.0, np.nan])
-@pytest.mark.parametrize("options", ["plain", "all"])
+# Slabs of 7 end in the padding, one of 40 would reach over it.
+@pytest.mark.parametrize(("options", "fill", "chunk"), [("plain", 50.0, 7), ("all", np.nan, 7), ("plain", np.nan, 40)])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_padding_counts_for_nothing(loop, options, fill, x64):
+def test_padding_counts_for_nothing(loop, options, fill, chunk, x64):
     """Columns beyond `num_classes` can hold anything: the loss doesn't see them, and their gradient is 0."""
     real, options = problem(), OPTIONS[options]
     options = {k: v.astype(jnp.float64) if hasattr(v, "dtype") and v.dtype != bool else v for k, v in options.items()}
@@ -160,15 +167,14 @@ def test_padding_counts_for_nothing(loop, options, fill, x64):
         "bias": jnp.pad(real["bias"], (0, 3), constant_values=fill),
     }
     want, want_grads = gradients(dense, real, LABELS, **options)
-    for chunk in (7, 40):
-        got, grads = gradients(
-            jaxce.linear_cross_entropy, padded, LABELS, num_classes=C, strategy=loop, chunk_size=chunk, **options
-        )
-        assert_close(got, want)
-        assert not grads["kernel"][:, C:].any()
-        assert not grads["bias"][C:].any()
-        cut = {**grads, "kernel": grads["kernel"][:, :C], "bias": grads["bias"][:C]}
-        assert_trees_close(cut, want_grads, 1e-11)
+    got, grads = gradients(
+        jaxce.linear_cross_entropy, padded, LABELS, num_classes=C, strategy=loop, chunk_size=chunk, **options
+    )
+    assert_close(got, want)
+    assert not grads["kernel"][:, C:].any()
+    assert not grads["bias"][C:].any()
+    cut = {**grads, "kernel": grads["kernel"][:, :C], "bias": grads["bias"][:C]}
+    assert_trees_close(cut, want_grads, 1e-11)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -375,18 +381,16 @@ def test_classes_makes_the_logits_again_in_the_backward_pass():
     assert dots(jax.jit(jax.grad(loss_of("classes", 64), (0, 1))).lower(*shapes(64, 64, 256)).compile()) == 5
 
 
-# Which library multiplies, and what it needs for that, depends on the CPU: "classes" takes 6.5% without AVX-512.
-AVX_512 = any(name in ("X86_V4", "AVX512F") for name in np.show_config(mode="dicts")["SIMD Extensions"]["found"])
-
-
-@pytest.mark.parametrize(("loop", "share"), [("classes", 0.05 if AVX_512 else 0.07), ("auto", 0.15)])
-def test_temporary_memory(loop, share):
+@pytest.mark.parametrize("loop", ["classes", "auto"])
+def test_temporary_memory(loop):
     n, d, c = 2048, 256, 32_000
 
     def temp(loss):
         return jax.jit(jax.grad(loss, (0, 1))).lower(*shapes(n, d, c)).compile().memory_analysis().temp_size_in_bytes
 
-    assert temp(loss_of(loop)) <= share * temp(dense)
+    # A slab's logits and their gradient are a twenty-fifth of what dense stores. The rest is the library's that
+    # multiplies, another one on another CPU: 4% to 7% in all were seen.
+    assert temp(loss_of(loop)) <= 0.15 * temp(dense)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -47,8 +47,7 @@ def assert_parity(ours, theirs):
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize(("smoothing", "ignore_index"), [(0.0, -100), (0.2, 3)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("shape", "reduction"), list(product(SHAPES, REDUCTIONS)))
 def test_cross_entropy_of_indices(shape, reduction, weighted, ignore_index, smoothing):

@@ -83,8 +83,8 @@ def test_no_temporary_array_of_the_logits_size(shape, options, derivative, dtype
     program = jax.jit(function).lower(logits, labels).compile()
     assert "scatter" not in program.as_text()
     temporaries = program.memory_analysis().temp_size_in_bytes
-    # Where classes aren't on the last axis, an entry a row is more: there are 150 classes.
-    assert temporaries <= (0.05 if axis == len(shape) - 1 else 0.1) * np.prod(shape) * jnp.dtype(dtype).itemsize
+    # 5% of the logits; or sixteen numbers an example, where that is more.
+    assert temporaries <= max(0.05 * np.prod(shape) * jnp.dtype(dtype).itemsize, 16 * 4 * np.prod(batch))
 
 
 OFF = {
@@ -138,14 +138,6 @@ def test_the_entropy_costs_nothing_where_nobody_reads_it(loss, arrays):
     alone, read = flops(loss), flops(lambda *a: (loss(*a), loss(*a, return_stats=True)[1].entropy))
     # Two operations for each logit of a slab.
     assert read > 1.2 * alone
-
-
-@pytest.mark.parametrize(("examples", "by_columns"), [(64, True), (63, False)])
-def test_few_classes_are_added_up_column_by_column(examples, by_columns):
-    # An odd number of examples keeps XLA:CPU from vectorizing over them.
-    shapes = jax.ShapeDtypeStruct((examples, 10), jnp.float32), jax.ShapeDtypeStruct((examples,), jnp.int32)
-    text = jax.jit(jaxce.cross_entropy).lower(*shapes).as_text()
-    assert (text.count("stablehlo.slice") >= 10) == by_columns
 
 
 def test_new_values_compile_nothing(compilations):

@@ -39,12 +39,13 @@ def left_out(probabilities):
 
 
 def combinations():
-    """Every set of switches, with indices and with probabilities; masks and reductions take turns among them."""
+    """Every set of switches, with indices or with probabilities: any five of the six take all their values together.
+
+    Masks and reductions take turns among them.
+    """
     for number, bits in enumerate(product((False, True), repeat=len(SWITCHES))):
         switched_on = tuple(name for name, on in zip(SWITCHES, bits, strict=True) if on)
-        for probabilities in (False, True):
-            turn = number + 2 * probabilities + sum(bits)
-            yield switched_on, probabilities, turn % 2 == 1, ("none", "sum", "mean")[turn % 3]
+        yield switched_on, sum(bits) % 2 == 1, number // 2 % 2 == 1, ("none", "sum", "mean")[number % 3]
 
 
 @pytest.mark.parametrize(("switched_on", "probabilities", "masked", "reduction"), list(combinations()))
@@ -60,11 +61,8 @@ def test_cross_entropy_is_the_textbook_formula(switched_on, probabilities, maske
 
 @pytest.mark.parametrize(("shape", "axis"), [((6, 5), 1), (SHAPE, AXIS)], ids=["last", "axis 1"])
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
-@pytest.mark.parametrize(
-    "switched_on", [(), ("weight", "label_smoothing"), ("logit_softcap", "z_loss"), SWITCHES], ids=" ".join
-)
+@pytest.mark.parametrize("switched_on", [("weight", "label_smoothing"), SWITCHES], ids=" ".join)
 def test_few_classes(switched_on, probabilities, shape, axis):
-    # An even number of examples takes other forms on a CPU: for the loss alone, with some options, and for 16 bits.
     batch = shape[:axis] + shape[axis + 1 :]
     # The reference's gradient of a soft cap is NaN where a class is impossible.
     logits = normal(shape, 0, F64).at[0, 1].set(-1.0 if "logit_softcap" in switched_on else -np.inf)
@@ -83,10 +81,9 @@ def test_few_classes(switched_on, probabilities, shape, axis):
     assert_close(jaxce.cross_entropy(**low, **options), want[0], 1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(("reduction", "masked"), [("none", True), ("sum", False), ("mean", True), ("mean", False)])
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
-@pytest.mark.parametrize("switched_on", [(), ("weight",), ("sample_weight",), ("weight", "sample_weight")])
+@pytest.mark.parametrize("switched_on", [(), ("weight",), ("weight", "sample_weight")])
 def test_nll_loss_is_the_textbook_formula(switched_on, probabilities, masked, reduction):
     log_probs = jax.nn.log_softmax(normal(SHAPE, 0, F64), AXIS)
     floats = {"log_probs": log_probs, **float_inputs(probabilities, switched_on)}

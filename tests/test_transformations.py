@@ -246,7 +246,7 @@ PLACES = [(P("x", None, None), P(None, None)), (P(None, None, None), P(None, "x"
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(("of_tokens", "of_kernel"), PLACES)
-@pytest.mark.parametrize("loop", ["tokens", "classes", "auto"])
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_projection_on_a_mesh(loop, of_tokens, of_kernel, axis_type):
     hidden, kernel, labels = normal((8, 2, 5)), normal((5, 24), 1), indices((8, 2), 24).at[3].set(-100)
 
@@ -270,7 +270,7 @@ def test_projection_on_a_mesh(loop, of_tokens, of_kernel, axis_type):
         assert {jax.typeof(a).sharding.spec for a in (each, *stats[:4])} == {of_batch}
 
 
-@pytest.mark.parametrize("loop", ["tokens", "classes", "auto"])
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_projection_inside_shard_map(loop):
     # Chunks that divide neither the 7 tokens of a device nor the classes.
     hidden, kernel, labels = normal((28, 5)), normal((5, 24), 1), indices(28, 24)

@@ -1,0 +1,180 @@
+"""The loop over classes: all tokens against a slab of them at a time.
+
+The backward pass makes each slab's logits again and finishes that slab of the kernel's gradient: four matmuls in all,
+and no array larger than N×slab, N×D or the gradients themselves.
+"""
+
+from functools import partial, reduce
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxce._loops.cpu_room import room_of
+from jaxce._loops.shared import (
+    Config,
+    Inputs,
+    PerToken,
+    Projection,
+    Summed,
+    Wanted,
+    add,
+    gradient_shares,
+    power_of_two,
+    scan_chunks,
+    take_chunk,
+    take_tokens,
+    zeros,
+)
+from jaxce._softmax import Cotangents, Normalizer, Stats, Sums, is_index, keep, merge, read_stats
+
+
+def chunk_size(config: Config, inputs: Inputs) -> int:
+    """How many classes a slab has: the number asked for, or a power of two."""
+    if config.chunk_size is not None:
+        return config.chunk_size
+    # A slab's logits are at most 8 million entries. Few tokens need wider slabs to be worth a step of the loop.
+    tokens = inputs.hidden.shape[0]
+    return min(2048 if tokens <= 1024 else 1024, max(256, power_of_two(2**23 // max(tokens, 1))))
+
+
+def take_slab(config: Config, inputs: Inputs, start: Array | int, size: int) -> Inputs:
+    """The inputs as they concern the classes from `start`."""
+
+    def take(array: Array | None, axis: int = 0) -> Any:
+        return None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
+
+    return inputs._replace(
+        kernel=take(inputs.kernel, Projection(config).class_axis),
+        bias=take(inputs.bias),
+        targets=inputs.targets if is_index(inputs.targets) else take(inputs.targets, 1),
+        class_weight=take(inputs.class_weight),
+    )
+
+
+class Seen(NamedTuple):
+    """What the forward pass knows of the classes so far."""
+
+    sums: Sums
+    predicted: Array  # the class of the largest logit
+
+
+def forward(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, Normalizer, Array, Array | None]:
+    """The numbers of every token, what their gradients need, the class of its largest logit; and the room, filled."""
+
+    def look(start: Array | int, size: int, room: Array | None) -> tuple[Seen, Array | None]:
+        slab = take_slab(config, inputs, start, size)
+        logits = Projection(config).logits(slab)
+        one = partial(config.form.sums, smooth=config.smooth, first_class=start)
+        sums = jax.vmap(one, (0, 0, None, None))(logits, slab.targets, slab.class_weight, slab.softcap)
+        if room is not None:
+            room = room_of(config, inputs).keep(room, logits, start)
+        return Seen(sums, start + jnp.argmax(logits, -1).astype(jnp.int32)), room
+
+    def step(carry: tuple[Seen, Array | None], start: Array | int, width: int) -> tuple[Any, None]:
+        seen, room = carry
+        more, room = look(start + size, width, room)
+        return (merge_seen(seen, more), room), None
+
+    # The first slab starts the sums, so that merging has no empty sums to know of.
+    size = min(chunk_size(config, inputs), config.num_classes)
+    carry = look(0, size, room)
+    if config.num_classes > size:
+        carry, _ = scan_chunks(step, carry, config.num_classes - size, size)
+    (sums, predicted), room = carry
+    stats, normalizer = jax.vmap(read_stats)(sums, inputs.targets)
+    return keep(inputs.live, stats), normalizer, predicted, room
+
+
+def merge_seen(a: Seen, b: Seen) -> Seen:
+    # The first of equal logits, and NaN above all, as in argmax.
+    ahead = (b.sums.maximum > a.sums.maximum) | (jnp.isnan(b.sums.maximum) & ~jnp.isnan(a.sums.maximum))
+    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), a.sums, b.sums)
+    return Seen(merge(stacked), jnp.where(ahead, b.predicted, a.predicted))
+
+
+class Part(NamedTuple):
+    """Some of the tokens, with their numbers; those whose logits were kept are a part of their own."""
+
+    inputs: Inputs
+    normalizer: Normalizer
+    cotangents: Cotangents
+
+
+def split_tokens(inputs: Inputs, normalizer: Normalizer, cotangents: Cotangents, first: int) -> list[Part]:
+    """The first tokens and the others, if there are both."""
+    tokens = inputs.hidden.shape[0]
+    spans = list(pairwise([0, first, tokens] if 0 < first < tokens else [0, tokens]))
+    return [
+        Part(take_chunk(inputs, start, end - start), *take_tokens((normalizer, cotangents), start, end - start))
+        for start, end in spans
+    ]
+
+
+def backward(
+    config: Config,
+    wanted: Wanted,
+    inputs: Inputs,
+    normalizer: Normalizer,
+    cotangents: Cotangents,
+    room: Array | None,
+    scale: Array | float = 1.0,
+) -> tuple[Summed, PerToken]:
+    """The gradients for any cotangents of the numbers of `forward`, times `scale`.
+
+    That is after the matmuls: one over the number of tokens would take the small logit gradients out of float16's range
+    before them.
+    """
+    dtype = normalizer.exp.dtype
+    kept = 0 if room is None else room_of(config, inputs).tokens
+    parts = split_tokens(inputs, normalizer, cotangents, kept)
+
+    def step(carry: tuple[Summed, list[PerToken]], start: Array | int, size: int) -> tuple[Any, None]:
+        sums, per_token = carry
+        slabs = [take_slab(config, part.inputs, start, size) for part in parts]
+        logits = [Projection(config).logits(slab) for slab in slabs]
+        if sums.kernel is not None and kept:
+            logits[0] = room_of(config, inputs).logits(sums.kernel, start, size)
+        shares = [
+            gradient_shares(config, wanted, slab, x, part.normalizer, part.cotangents, start)
+            for slab, x, part in zip(slabs, logits, parts, strict=True)
+        ]
+        sums = finish_slab(config, sums, reduce(add, [summed for summed, _ in shares]), start, scale)
+        per_token = [
+            PerToken(add(whole.hidden, part.hidden), put(whole.targets, part.targets, start, 1, scale))
+            for whole, (_, part) in zip(per_token, shares, strict=True)
+        ]
+        return (sums, per_token), None
+
+    sums = Summed(
+        zeros(inputs.kernel, wanted.kernel) if room is None else room,
+        zeros(inputs.bias, wanted.bias),
+        zeros(inputs.class_weight, wanted.class_weight),
+        zeros(inputs.softcap, wanted.softcap, dtype),
+    )
+    per_token = [
+        PerToken(zeros(inputs.hidden, wanted.hidden, dtype), zeros(inputs.targets, wanted.targets))
+        for inputs, *_ in parts
+    ]
+    (sums, per_token), _ = scan_chunks(step, (sums, per_token), config.num_classes, chunk_size(config, inputs))
+    whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *per_token)
+    softcap, hidden = jax.tree.map(lambda total: scale * total, (sums.softcap, whole.hidden))
+    return sums._replace(softcap=softcap), whole._replace(hidden=hidden)
+
+
+def finish_slab(config: Config, sums: Summed, share: Summed, start: Array | int, scale: Array | float) -> Summed:
+    """The slab's share of a gradient with an axis of classes is final: it is written where it belongs."""
+    return Summed(
+        kernel=put(sums.kernel, share.kernel, start, Projection(config).class_axis, scale),
+        bias=put(sums.bias, share.bias, start, 0, scale),
+        class_weight=put(sums.class_weight, share.class_weight, start, 0, scale),
+        softcap=add(sums.softcap, share.softcap),
+    )
+
+
+def put(whole: Array | None, part: Array | None, start: Array | int, axis: int, scale: Array | float) -> Array | None:
+    if whole is None or part is None:
+        return None
+    return lax.dynamic_update_slice_in_dim(whole, (scale * part).astype(whole.dtype), start, axis)

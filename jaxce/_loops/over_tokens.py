@@ -1,0 +1,130 @@
+"""The loop over tokens: a chunk of them against all classes at a time.
+
+For a mean or a sum every token's cotangent is known as soon as its loss is, so `loss_and_gradients` makes the gradients
+there and then: three matmuls in all. The kernel's gradient is added up in float32.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxce._compose import ExampleWeights, Options
+from jaxce._loops.shared import (
+    Config,
+    Inputs,
+    PerToken,
+    Projection,
+    Summed,
+    Wanted,
+    add,
+    compose_gradients,
+    gradient_shares,
+    matmul_dtype,
+    power_of_two,
+    scan_chunks,
+    take_chunk,
+    take_tokens,
+    zeros,
+)
+from jaxce._softmax import Cotangents, Normalizer, Stats, compute_dtype, keep, read_stats
+
+
+def chunk_size(config: Config, inputs: Inputs) -> int:
+    """How many tokens a chunk has: the number asked for, or a power of two."""
+    if config.chunk_size is not None:
+        return config.chunk_size
+    # Each chunk reads and writes the float32 gradient of the kernel, which takes about as long as the matmuls of a few
+    # hundred tokens; so a chunk may take as much memory as that gradient, and a quarter more. And at least a million
+    # logits, below which the steps of the loop cost more than what they do.
+    features = inputs.hidden.shape[1]
+    itemsize = matmul_dtype(inputs.hidden, inputs.kernel).itemsize
+    return max(128, power_of_two(5 * features // (4 + itemsize)), power_of_two(2**20 // config.num_classes))
+
+
+def forward(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Array]:
+    """The numbers of every token, what their gradients need, and the class of the largest logit of each."""
+    inputs = cut_padding(config, inputs)
+
+    def step(_: None, start: Array | int, size: int) -> tuple[None, Any]:
+        part = take_chunk(inputs, start, size)
+        return None, forward_chunk(config, part, Projection(config).logits(part))
+
+    _, outs = scan_chunks(step, None, inputs.hidden.shape[0], chunk_size(config, inputs))
+    stats, normalizer, predicted = join(outs)
+    return stats, normalizer, predicted
+
+
+def backward(
+    config: Config, wanted: Wanted, inputs: Inputs, normalizer: Normalizer, cotangents: Cotangents
+) -> tuple[Summed, PerToken]:
+    """The gradients for any cotangents of the numbers of `forward`; the logits are made again."""
+    inputs = cut_padding(config, inputs)
+
+    def step(sums: Summed, start: Array | int, size: int) -> tuple[Summed, PerToken]:
+        part = take_chunk(inputs, start, size)
+        logits = Projection(config).logits(part)
+        numbers = take_tokens((normalizer, cotangents), start, size)
+        shares, per_token = gradient_shares(config, wanted, part, logits, *numbers)
+        return add(sums, shares), per_token
+
+    sums = zero_sums(inputs, wanted)
+    sums, outs = scan_chunks(step, sums, inputs.hidden.shape[0], chunk_size(config, inputs))
+    return sums, join(outs)
+
+
+def loss_and_gradients(
+    config: Config, wanted: Wanted, inputs: Inputs, weights: ExampleWeights, options: Options
+) -> tuple[tuple[Array, tuple[Stats, Array]], tuple[Summed, PerToken, ExampleWeights, Options]]:
+    """The sum of the losses with the numbers of every token, and the gradients of that sum."""
+    inputs = cut_padding(config, inputs)
+
+    def step(carry: tuple[Summed, Options], start: Array | int, size: int) -> tuple[Any, Any]:
+        sums, option_sums = carry
+        part, part_weights = take_chunk(inputs, start, size), take_tokens(weights, start, size)
+        logits = Projection(config).logits(part)
+        stats, normalizer, predicted = forward_chunk(config, part, logits)
+        loss, cotangents, of_weights, of_options = compose_gradients(config, stats, part_weights, options)
+        shares, per_token = gradient_shares(config, wanted, part, logits, normalizer, cotangents)
+        return (add(sums, shares), add(option_sums, of_options)), (per_token, of_weights, loss[None], stats, predicted)
+
+    carry = (zero_sums(inputs, wanted), jax.tree.map(jnp.zeros_like, options))
+    (sums, option_sums), outs = scan_chunks(step, carry, inputs.hidden.shape[0], chunk_size(config, inputs))
+    per_token, of_weights, losses, stats, predicted = join(outs)
+    return (losses.sum(), (stats, predicted)), (sums, per_token, of_weights, option_sums)
+
+
+def forward_chunk(config: Config, inputs: Inputs, logits: Array) -> tuple[Stats, Normalizer, Array]:
+    """`forward` of the tokens of `inputs`."""
+    sums = jax.vmap(partial(config.form.sums, smooth=config.smooth), (0, 0, None, None))(
+        logits, inputs.targets, inputs.class_weight, inputs.softcap
+    )
+    stats, normalizer = jax.vmap(read_stats)(sums, inputs.targets)
+    return keep(inputs.live, stats), normalizer, jnp.argmax(logits, -1).astype(jnp.int32)
+
+
+def zero_sums(inputs: Inputs, wanted: Wanted) -> Summed:
+    dtype = compute_dtype(matmul_dtype(inputs.hidden, inputs.kernel))
+    return Summed(
+        zeros(inputs.kernel, wanted.kernel, dtype),
+        zeros(inputs.bias, wanted.bias, dtype),
+        zeros(inputs.class_weight, wanted.class_weight, dtype),
+        zeros(inputs.softcap, wanted.softcap, dtype),
+    )
+
+
+def cut_padding(config: Config, inputs: Inputs) -> Inputs:
+    """`inputs` without the classes that are padding: a copy of the kernel, where it has any."""
+    axis = Projection(config).class_axis
+    kernel = lax.slice_in_dim(inputs.kernel, 0, config.num_classes, axis=axis)
+    return inputs._replace(kernel=kernel, bias=None if inputs.bias is None else inputs.bias[: config.num_classes])
+
+
+def join(outs: list[Any]) -> Any:
+    """The per-token outputs of `scan_chunks`, as arrays over all tokens."""
+    flat = [
+        jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), out) for out in outs
+    ]
+    return flat[0] if len(flat) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)

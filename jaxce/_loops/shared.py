@@ -1,0 +1,226 @@
+"""What the loop over tokens and the loop over classes share: the matmuls, and what a chunk adds to each gradient.
+
+N tokens, D features, C classes. A loop runs over whole chunks and then, outside of it, over what is left, so that
+nothing is padded or counted twice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxce._compose import ExampleWeights, Options, example_losses
+from jaxce._softmax import Cotangents, Form, Normalizer, Stats, Tree, compute_dtype
+
+Loop: TypeAlias = Literal["tokens", "classes"]
+
+
+class Config(NamedTuple):
+    """What is known when the function is traced."""
+
+    loop: Loop
+    either_loop: bool  # the other loop may be taken where fewer gradients are wanted
+    keeps_logits: bool  # the loop over classes keeps some of them for the backward pass, see `cpu_room.py`
+    chunk_size: int | None  # tokens or classes at a time
+    num_classes: int  # columns of the kernel beyond these are padding
+    transpose_kernel: bool
+    precision: lax.PrecisionLike
+    smooth: bool  # with `smooth_nll`
+    form: Form
+
+
+class Inputs(NamedTuple):
+    """The arrays that the numbers of the tokens are made of."""
+
+    hidden: Array  # (N, D)
+    kernel: Array  # (D, C), or (C, D) with transpose_kernel
+    bias: Array | None  # (C,)
+    targets: Array  # (N,) class indices, or (N, num_classes) probabilities
+    class_weight: Array | None  # (num_classes,)
+    softcap: Array | None
+    live: Array | None  # (N,)
+
+
+def matmul_dtype(a: Array, b: Array) -> jnp.dtype:
+    """The operands' own dtype; of two different ones, the wider dtype of computation."""
+    if a.dtype == b.dtype:
+        return a.dtype
+    return max(compute_dtype(a.dtype), compute_dtype(b.dtype), key=lambda dtype: dtype.itemsize)
+
+
+class Projection(NamedTuple):
+    """The matmuls, with the kernel's layout and precision in one place. All accumulate in float32 (or float64)."""
+
+    config: Config
+
+    @property
+    def class_axis(self) -> int:
+        return 0 if self.config.transpose_kernel else 1
+
+    def _dot(self, a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
+        dtype = matmul_dtype(a, b)
+        return lax.dot_general(
+            a.astype(dtype),
+            b.astype(dtype),
+            (((a_axis,), (b_axis,)), ((), ())),
+            precision=self.config.precision,
+            preferred_element_type=compute_dtype(dtype),
+        )
+
+    def logits(self, inputs: Inputs) -> Array:
+        logits = self._dot(inputs.hidden, 1, inputs.kernel, 1 - self.class_axis)
+        return logits if inputs.bias is None else logits + inputs.bias.astype(logits.dtype)
+
+    def hidden_gradient(self, dlogits: Array, kernel: Array) -> Array:
+        return self._dot(dlogits, 1, kernel, self.class_axis)
+
+    def kernel_gradient(self, hidden: Array, dlogits: Array) -> Array:
+        if self.config.transpose_kernel:
+            return self._dot(dlogits, 0, hidden, 0)
+        return self._dot(hidden, 0, dlogits, 0)
+
+
+def scan_chunks(
+    step: Callable[[Any, Array | int, int], tuple[Any, Any]], carry: Any, length: int, size: int
+) -> tuple[Any, list[Any]]:
+    """`carry, out = step(carry, start, width)` over the whole chunks in a loop, then over the rest.
+
+    Returns the last carry, and the outputs of the chunks, stacked, and of the rest.
+    """
+    size = min(size, length)
+    whole = length // size if size else 0
+    outs = []
+    if whole > 1:
+        carry, out = lax.scan(lambda carry, i: step(carry, i * size, size), carry, jnp.arange(whole, dtype=jnp.int32))
+        outs.append(out)
+    elif whole == 1:
+        carry, out = step(carry, 0, size)
+        outs.append(jax.tree.map(lambda leaf: leaf[None], out))
+    rest = length - whole * size
+    if rest or not whole:
+        carry, out = step(carry, whole * size, rest)
+        outs.append(jax.tree.map(lambda leaf: leaf[None], out))
+    return carry, outs
+
+
+def power_of_two(bound: int) -> int:
+    """The largest power of two that is at most `bound`, or 1. It divides most numbers: there is seldom a rest."""
+    return 1 << max(bound.bit_length() - 1, 0)
+
+
+def take_tokens(tree: Any, start: Array | int, size: int) -> Any:
+    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), tree)
+
+
+def take_chunk(inputs: Inputs, start: Array | int, size: int) -> Inputs:
+    """The inputs as they concern the tokens from `start`; of those left out zeros, so that no NaN meets a matmul."""
+    hidden, targets, live = take_tokens((inputs.hidden, inputs.targets, inputs.live), start, size)
+    if live is not None:
+        hidden = jnp.where(live[:, None], hidden, 0)
+    return inputs._replace(hidden=hidden, targets=targets, live=live)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are wanted; no data to JAX, so that it can stand among residuals."""
+
+    hidden: bool
+    kernel: bool
+    bias: bool
+    targets: bool
+    class_weight: bool
+    softcap: bool
+
+
+def wanted_gradients(inputs: Any) -> Wanted:
+    """Which inputs are being differentiated, told by `symbolic_zeros`."""
+    flags = (inputs.hidden, inputs.kernel, inputs.bias, inputs.targets, inputs.class_weight, inputs.softcap)
+    return Wanted(*(flag is not None and flag.perturbed for flag in flags))
+
+
+class Summed(NamedTuple):
+    """Gradients that are sums over the tokens, in the dtype of computation; None where they aren't wanted."""
+
+    kernel: Array | None
+    bias: Array | None
+    class_weight: Array | None
+    softcap: Array | None
+
+
+class PerToken(NamedTuple):
+    """Gradients with an axis of tokens."""
+
+    hidden: Array | None
+    targets: Array | None
+
+
+def zeros(like: Array | None, want: bool, dtype: jnp.dtype | None = None) -> Array | None:
+    return jnp.zeros_like(like, dtype) if want and like is not None else None
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def gradient_shares(
+    config: Config,
+    wanted: Wanted,
+    inputs: Inputs,
+    logits: Array,
+    normalizer: Normalizer,
+    cotangents: Cotangents,
+    first_class: Array | int = 0,
+) -> tuple[Summed, PerToken]:
+    """What these tokens and classes add to each gradient that is wanted."""
+    per_class = (inputs.class_weight, inputs.softcap)
+    gradients: Any = jax.vmap(partial(config.form.gradients, first_class=first_class), (0, 0, None, None, 0, 0, 0))(
+        logits, inputs.targets, *per_class, inputs.live, normalizer, cotangents
+    )
+    # In the inputs' dtype, so that the backward matmuls are too.
+    narrow = gradients.logits.astype(matmul_dtype(inputs.hidden, inputs.kernel))
+    project = Projection(config)
+    summed = Summed(
+        kernel=project.kernel_gradient(inputs.hidden, narrow) if wanted.kernel else None,
+        bias=gradients.logits.sum(0) if wanted.bias else None,
+        class_weight=gradients.weight.sum(0) if wanted.class_weight else None,
+        softcap=gradients.softcap.sum(0) if wanted.softcap else None,
+    )
+    return summed, PerToken(
+        hidden=project.hidden_gradient(narrow, inputs.kernel) if wanted.hidden else None,
+        targets=gradients.target if wanted.targets else None,
+    )
+
+
+def as_cotangents(inputs: Inputs, sums: Summed, per_token: PerToken) -> Any:
+    """Each gradient in its input's dtype and shape; the only place where a sum over chunks of tokens is rounded."""
+
+    def like(gradient: Array, primal: Array) -> Array:
+        padding = [(0, whole - part, 0) for whole, part in zip(primal.shape, gradient.shape, strict=True)]
+        return lax.pad(gradient.astype(primal.dtype), jnp.zeros((), primal.dtype), padding)
+
+    gradients = (per_token.hidden, sums.kernel, sums.bias, per_token.targets, sums.class_weight, sums.softcap, None)
+    return Inputs(*(g if g is None else like(g, x) for g, x in zip(gradients, inputs, strict=True)))  # type: ignore[arg-type]
+
+
+def compose(config: Config, stats: Stats, weights: ExampleWeights, options: Options) -> Array:
+    """The sum of the losses."""
+    return example_losses(stats, weights, config.num_classes, options).sum()
+
+
+def compose_gradients(
+    config: Config, stats: Stats, weights: ExampleWeights, options: Options
+) -> tuple[Array, Cotangents, ExampleWeights, Options]:
+    """The sum of the losses, and its gradients; what no option needs is None."""
+    loss, pull = jax.vjp(partial(compose, config), stats, weights, options)
+    of_stats, of_weights, of_options = pull(jnp.ones_like(loss))
+    cotangents = Cotangents(
+        nll=of_stats.nll,
+        smooth_nll=of_stats.smooth_nll if config.smooth else None,
+        log_z=None if options.z_loss is None else of_stats.log_z,
+    )
+    return loss, cotangents, of_weights, of_options

@@ -1,0 +1,145 @@
+"""Plants one bug after the other in a copy of the package, and says which test turns red.
+
+    python tests/planted_bugs.py              all of them, two at a time
+    python tests/planted_bugs.py merge soft   those whose name contains one of these words
+
+A change of the code that moves a line of the table changes the table too; a test looks whether each still fits.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Bug(NamedTuple):
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str  # where a test should turn red
+
+
+SOFTMAX, COMPOSE, CHECKS = "_softmax.py", "_compose.py", "_checks.py"
+SHARED, TOKENS, CLASSES = "_loops/shared.py", "_loops/over_tokens.py", "_loops/over_classes.py"
+NUMBERS, PARITY, LINEAR, ELSEWHERE = (
+    "test_softmax.py",
+    "test_reference_parity.py",
+    "test_linear.py",
+    "test_elsewhere.py",
+)
+NUMERICS, PROMISES, PROPERTIES = "test_numerics.py", "test_promises.py", "test_properties.py"
+
+BUGS = [
+    # The numbers of an example, and how parts merge.
+    Bug("sign of the gap", SOFTMAX, "u * (m - x)), mass=u", "u * (x - m)), mass=u", PARITY),
+    Bug("log_z - x_y", SOFTMAX, "nll=gap + mass * log_sum", "nll=(gap - m) + (m + mass * log_sum)", NUMERICS),
+    Bug("sign in the entropy", SOFTMAX, "entropy = log_sum - total", "entropy = log_sum + total", "test_stats.py"),
+    Bug("0·inf of an impossible class", SOFTMAX, "jnp.where(u == 0, 0, u * (m - x))", "u * (m - x)", NUMBERS),
+    Bug("impossible class has a share of smoothing", SOFTMAX, "jnp.where(x == -jnp.inf, 0, class_weight", "jnp.where(x == 0, 0, class_weight", NUMBERS),
+    Bug("merge adds sums of exponentials as they are", SOFTMAX, "(scale * exp).sum(0)", "exp.sum(0)", NUMBERS),
+    Bug("merge keeps the gaps", SOFTMAX, "u.gap + u.mass * rise", "u.gap", NUMBERS),
+    Bug("merge keeps the entropy's sums", SOFTMAX, "jnp.where(scale == 0, 0, rise) * exp", "0 * exp", NUMBERS),
+    Bug("a row that is all -inf isn't NaN", SOFTMAX, "sums.maximum == -jnp.inf, jnp.nan, jnp.log", "sums.maximum == -jnp.inf, 0, jnp.log", NUMERICS),
+    Bug("a bad label isn't NaN", SOFTMAX, "jnp.where(target < 0, jnp.nan, jnp.ones_like(gap))", "jnp.ones_like(gap)", ELSEWHERE),
+    Bug("numbers of an example left out", SOFTMAX, "return keep(live, stats), (", "return stats, (", PARITY),
+    # Their gradient.
+    Bug("gradient without the target", SOFTMAX, "p * normalizer.target_mass - t", "p * normalizer.target_mass", PARITY),
+    Bug("gradient of zeros", SOFTMAX, "dlogits, dsoftcap = pull(dx)", "dlogits, dsoftcap = pull(0 * dx)", PARITY),
+    Bug("targets are assumed to sum to one", SOFTMAX, "p * normalizer.target_mass - t", "p - t", PARITY),
+    Bug("gradient of an example left out", SOFTMAX, "dx, dtarget, dweight = keep(live, ", "dx, dtarget, dweight = keep(None, ", PROPERTIES),
+    Bug("NaN reaches the gradient of the cap", SOFTMAX, "logits if softcap is None else keep(live, logits)", "logits", NUMERICS),
+    Bug("soft cap isn't differentiated", SOFTMAX, "dlogits, dsoftcap = pull(dx)", "dlogits, dsoftcap = dx, pull(dx)[1]", ELSEWHERE),
+    Bug("soft cap revives an impossible class", SOFTMAX, "cap * jnp.tanh(jnp.where(possible, x, 0) / cap), -jnp.inf)", "cap * jnp.tanh(jnp.where(possible, x, 0) / cap), -cap)", NUMBERS),
+    Bug("probabilities have no gradient", SOFTMAX, "dtarget += g.nll * surprise", "dtarget += 0 * surprise", PARITY),
+    Bug("class weights have no gradient by smoothing", SOFTMAX, "dweight += g.smooth_nll * surprise", "dweight += 0 * surprise", PARITY),
+    Bug("sign of the entropy's gradient", SOFTMAX, "(surprise - normalizer.entropy)", "(normalizer.entropy - surprise)", NUMBERS),
+    Bug("log_softmax of a masked class has a gradient", SOFTMAX, "g = jnp.where(log_p == -jnp.inf, 0, g)", "g = g + 0", PARITY),
+    # From the numbers to a loss.
+    Bug("smoothing adds to the whole nll", COMPOSE, "(1 - epsilon) * loss", "loss", PARITY),
+    Bug("smoothing isn't over the classes' number", COMPOSE, "epsilon / num_classes", "epsilon", PARITY),
+    Bug("z-loss isn't squared", COMPOSE, "stats.log_z**2", "stats.log_z", PARITY),
+    Bug("mean over all examples", COMPOSE, "losses.size if live is None else live.sum()", "losses.size", PROPERTIES),
+    Bug("divisor without class weights", COMPOSE, "return ExampleWeights(sample, times(sample, of_class))", "return ExampleWeights(sample, sample)", PARITY),
+    Bug("mean over nothing", COMPOSE, "jnp.where(empty, 0, total / jnp.where(empty, 1, weight))", "total / weight", ELSEWHERE),
+    Bug("bad labels are clamped", CHECKS, "jnp.where(valid, labels.astype(jnp.int32), -1)", "jnp.clip(labels.astype(jnp.int32), 0, num_classes - 1)", ELSEWHERE),
+    Bug("ignore_index is forgotten", CHECKS, "live = kept if live is None else kept & live", "live = live", PARITY),
+    # The loops.
+    Bug("the rest after the last whole chunk", SHARED, "if rest or not whole:", "if not whole:", LINEAR),
+    Bug("all tokens have the first one's cotangent", SHARED, "inputs.live, normalizer, cotangents\n", "inputs.live, normalizer, jax.tree.map(lambda g: jnp.broadcast_to(g[:1], g.shape), cotangents)\n", LINEAR),
+    Bug("logit gradients stay in float32", SHARED, "gradients.logits.astype(matmul_dtype(inputs.hidden, inputs.kernel))", "gradients.logits", LINEAR),
+    Bug("NaN of a token left out meets a matmul", SHARED, "hidden = jnp.where(live[:, None], hidden, 0)", "hidden = 1 * hidden", LINEAR),
+    Bug("tokens: each chunk starts its sums anew", TOKENS, "return (add(sums, shares), add(", "return (shares, add(", LINEAR),
+    Bug("tokens: padded classes count", TOKENS, "lax.slice_in_dim(inputs.kernel, 0, config.num_classes, axis=axis)", "inputs.kernel", LINEAR),
+    Bug("tokens: sums over chunks in 16 bits", TOKENS, "zeros(inputs.kernel, wanted.kernel, dtype)", "zeros(inputs.kernel, wanted.kernel)", LINEAR),
+    Bug("classes: a slab's classes count from 0", CLASSES, "smooth=config.smooth, first_class=start)", "smooth=config.smooth, first_class=0)", LINEAR),
+    Bug("classes: gradients' classes count from 0", CLASSES, "part.normalizer, part.cotangents, start)", "part.normalizer, part.cotangents, 0)", LINEAR),
+    Bug("classes: the first slab twice", CLASSES, "look(start + size, width, room)", "look(start, width, room)", LINEAR),
+    Bug("classes: gradients without the cotangent", CLASSES, "(scale * part).astype(whole.dtype)", "part.astype(whole.dtype)", LINEAR),
+    Bug("classes: predicted by the last slab", CLASSES, "jnp.where(ahead, b.predicted, a.predicted)", "b.predicted", LINEAR),
+    Bug("room: logits of the wrong tokens", "_loops/cpu_room.py", "logits[: self.tokens]", "logits[-self.tokens :]", LINEAR),
+    # The forms.
+    Bug("few classes: no derivative", "_forms/cpu_few_classes.py", "jax.tree.map(lambda row: row.sum(0), *tangents)", "jax.tree.map(lambda row: 0 * row.sum(0), *tangents)", "test_transformations.py"),
+    Bug("long rows: slabs count from 0", "_forms/cpu_long_rows.py", "first_class + jnp.arange(count, dtype=jnp.int32) * (classes // count)", "first_class + jnp.zeros(count, jnp.int32)", NUMBERS),
+    Bug("one pass: a label elsewhere is clamped", "_forms/cpu_one_pass.py", "inside = (index >= 0) & (index < logits.shape[0])", "inside = index == index", NUMBERS),
+    Bug("one pass: an impossible class has a share", "_forms/cpu_one_pass.py", "return possible * class_weight(self.weight, x)", "return self.one * class_weight(self.weight, x)", NUMBERS),
+    Bug("one pass: an impossible probability is finite", "_forms/cpu_one_pass.py", "jnp.where(gap > 1e30, jnp.inf, gap)", "gap", NUMBERS),
+    Bug("one pass: sums share their inputs", "_forms/cpu_one_pass.py", "inputs = lax.optimization_barrier(inputs)", "inputs = inputs", PROMISES),
+    Bug("short rows: all examples are live", "_forms/cpu_short_rows.py", "jnp.where(live, logits.shape[0], 0)", "jnp.where(live, logits.shape[0], 1)", NUMBERS),
+    Bug("recomputed: the forward pass stores", "_forms/cpu_recomputed.py", "logits.dtype.itemsize == 2 or", "False or", PROMISES),
+    Bug("predicted shares the logits", "_forms/__init__.py", "return lax.optimization_barrier(logits)", "return logits", PROMISES),
+]  # fmt: skip
+
+
+def source(root: Path, bug: Bug) -> Path:
+    return root / "jaxce" / bug.file
+
+
+def misfits() -> Iterator[str]:
+    """The bugs whose line isn't in the source, or is there more than once."""
+    for bug in BUGS:
+        if source(ROOT, bug).read_text().count(bug.right) != 1:
+            yield bug.name
+
+
+def plant(bug: Bug) -> str | None:
+    """The first test that turns red, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("jaxce", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("conftest.py", "pyproject.toml"):
+            shutil.copy(ROOT / part, copy / part)
+        path = source(copy, bug)
+        path.write_text(path.read_text().replace(bug.right, bug.wrong))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", f"tests/{bug.tests}"]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+        failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
+        return failed.group(1) if failed else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="plant the bugs whose name contains one of these")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time (default: %(default)s)")
+    args = parser.parse_args()
+    chosen = [bug for bug in BUGS if not args.words or any(word in bug.name for word in args.words)]
+    survivors = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for bug, red in zip(chosen, pool.map(plant, chosen), strict=True):
+            survivors += red is None
+            print(f"{bug.name:48} {red or 'SURVIVED ' + bug.tests}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} planted bugs turned a test red")
+    return survivors > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
