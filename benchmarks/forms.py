@@ -29,11 +29,11 @@ class Case(NamedTuple):
 
 
 FORMS = {
-    "cpu_few_classes": cpu_few_classes.sums,
-    "cpu_long_rows": cpu_long_rows.sums,
-    "cpu_one_pass": cpu_one_pass.sums,
-    "cpu_short_rows": cpu_short_rows.gradients,
-    "cpu_recomputed": cpu_recomputed.gradients,
+    "cpu_few_classes": cpu_few_classes,
+    "cpu_long_rows": cpu_long_rows,
+    "cpu_one_pass": cpu_one_pass,
+    "cpu_short_rows": cpu_short_rows,
+    "cpu_recomputed": cpu_recomputed,
     "read_again": _forms.read_again,
 }
 SHAPES = {

@@ -1,7 +1,5 @@
 """`linear_cross_entropy`: the same numbers as `cross_entropy` of the logits, without the logits."""
 
-import itertools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from jaxce import _linear
 N, D, C = 12, 5, 17
 LOOPS = ["tokens", "classes", "auto"]
 # 7 divides neither N nor C; 1 is the smallest and 40 is more than there is.
-CHUNKS = [1, 7, N, 40]
+CHUNKS = [1, 7, 40]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,7 +40,6 @@ def problem(dtype=np.float64, classes=C):
 LABELS = indices((N,), C, 3).at[4].set(-100)
 OPTIONS = {
     "plain": {},
-    "weight": {"weight": positive((C,), 5)},
     "smoothing": {"label_smoothing": 0.1},
     "all": {
         "weight": positive((C,), 5),
@@ -77,12 +74,10 @@ def gradients(loss, arrays, labels, **options):
 @pytest.mark.parametrize(
     ("options", "reduction", "chunks"),
     [
-        ("plain", "mean", CHUNKS),
-        ("weight", "mean", [7]),
+        ("plain", "mean", [1, 40]),
         ("smoothing", "none", [7]),
         ("all", "mean", [7]),
-        ("all", "sum", [7]),
-        ("all", "none", [1, 40]),
+        ("all", "none", [N]),
     ],
 )
 @pytest.mark.parametrize("loop", LOOPS)
@@ -97,8 +92,8 @@ def test_equals_cross_entropy_of_the_logits(loop, options, reduction, chunks, x6
         assert_trees_close(got, want, 1e-11)
 
 
-@pytest.mark.parametrize(("loop", "reduction"), list(itertools.product(LOOPS, ["mean", "none"])))
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(("reduction", "smoothing"), [("mean", 0.2), ("none", 0.0), ("sum", 0.2)])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_class_probabilities(loop, reduction, smoothing, x64):
     labels, weight = distributions((N, C), dtype=np.float64), positive((C,), 5, np.float64)
     options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
@@ -198,7 +193,7 @@ def test_what_is_left_out_reaches_no_gradient(loop, reduction):
     assert_close(grads["bias"], want["bias"], 1e-5)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_nothing_left_in(loop):
     arrays = problem(np.float32)
     value, grads = jax.value_and_grad(
@@ -214,7 +209,7 @@ def test_nothing_left_in(loop):
     assert not any(g.any() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_bad_label_is_nan_in_its_own_row(loop):
     arrays = problem(np.float32)
     for bad in (-1, C):
@@ -226,7 +221,7 @@ def test_bad_label_is_nan_in_its_own_row(loop):
     assert f"got {C} with {C} classes" in error.get()
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_stats(loop):
     arrays = problem(np.float32)
     options = OPTIONS["all"] | {"return_stats": True}
@@ -241,7 +236,7 @@ def test_stats(loop):
     assert not any(g.any() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_stats_of_probabilities_have_no_weights(loop):
     arrays, labels = problem(np.float32), distributions((N, C))
     options = {"weight": positive((C,), 5), "label_smoothing": 0.1, "return_stats": True}
@@ -254,7 +249,7 @@ def test_stats_of_probabilities_have_no_weights(loop):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_error_in_16_bits_is_no_larger_than_dense(loop, dtype):
     """Against the dense loss with float32 logits from the same 16-bit inputs; many chunks must not add to the error."""
     n, d, c = 512, 16, 96
@@ -277,7 +272,7 @@ def test_error_in_16_bits_is_no_larger_than_dense(loop, dtype):
         assert error < 1.5 * eps
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_a_mean_over_many_tokens_stays_in_the_range_of_float16(loop):
     """Probabilities over the number of tokens are below float16's smallest number; their sum over tokens isn't."""
     n, d, c = 8192, 4, 2048

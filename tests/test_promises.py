@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import planted_bugs
 import pytest
 from helpers import indices, normal
 
@@ -39,16 +40,43 @@ except RuntimeError:
     assert done.stdout == "no backend\n"
 
 
+def test_import_works_where_checkify_is_not_what_it_was():
+    """Then labels out of range still give NaN; the message under checkify is lost."""
+    program = """
+import sys
+import jax
+import jax.extend.core
+from jax.experimental import checkify
+sys.modules["jax._src.checkify"] = None
+del jax._src.checkify
+import jaxce, jax.numpy as jnp
+assert jnp.isnan(jaxce.cross_entropy(jnp.zeros((1, 3)), jnp.array([3])))
+error, loss = checkify.checkify(jaxce.cross_entropy)(jnp.zeros((1, 3)), jnp.array([3]))
+assert jnp.isnan(loss)
+print(error.get())
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "None\n"
+
+
+def test_planted_bugs_fit_the_source():
+    assert list(planted_bugs.misfits()) == []
+    assert len(planted_bugs.BUGS) >= 30
+
+
 def compiled(function, shape, dtype):
     labels = jax.ShapeDtypeStruct(shape[:-1], jnp.int32)
     return jax.jit(function).lower(jax.ShapeDtypeStruct(shape, dtype), labels).compile()
 
 
 SHORT = [(4096, 1000), (256, 32_000)]
-# Rows with a divisor of 16, without any, and with an odd one: GPT-2's 50,257 is 29 · 1733.
-LONG = [(512, 128_256), (64, 65_537), (128, 50_257)]
+# Rows with a divisor of 16, and with an odd one: GPT-2's 50,257 is 29 · 1733.
+LONG = [(512, 128_256), (128, 50_257)]
 
 
+@pytest.mark.form("cpu_one_pass, cpu_long_rows and cpu_recomputed")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("derivative", [False, True], ids=["loss", "gradient"])
 @pytest.mark.parametrize(
@@ -56,7 +84,7 @@ LONG = [(512, 128_256), (64, 65_537), (128, 50_257)]
     [(shape, {}) for shape in SHORT + LONG]
     + [
         (shape, options)
-        for shape in (SHORT[0], LONG[0], LONG[2])
+        for shape in (SHORT[0], LONG[0])
         for options in (
             {"label_smoothing": 0.1, "weight": True},
             {"probabilities": True, "weight": True},
@@ -123,11 +151,10 @@ ROW = jax.ShapeDtypeStruct((4,), jnp.int32)
     [
         (jaxce.cross_entropy, [(4, 300)]),
         (jaxce.cross_entropy, [(4, 65_536)]),
-        (jaxce.cross_entropy, [(4, 65_537)]),
         (partial(jaxce.linear_cross_entropy, strategy="tokens", chunk_size=2), [(4, 8), (8, 300)]),
         (partial(jaxce.linear_cross_entropy, strategy="classes", chunk_size=100), [(4, 8), (8, 300)]),
     ],
-    ids=["short rows", "equal slabs", "a loop over slabs", "tokens", "classes"],
+    ids=["short rows", "slabs", "tokens", "classes"],
 )
 def test_the_entropy_costs_nothing_where_nobody_reads_it(loss, arrays):
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in arrays]

@@ -59,9 +59,12 @@ def test_cross_entropy_is_the_textbook_formula(switched_on, probabilities, maske
     assert_trees_close(got, want)
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((6, 5), 1), (SHAPE, AXIS)], ids=["last", "axis 1"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "switched_on"),
+    [((6, 5), 1, ("weight", "label_smoothing")), ((6, 5), 1, SWITCHES), (SHAPE, AXIS, ("weight", "label_smoothing"))],
+    ids=["last", "last, every option", "axis 1"],
+)
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
-@pytest.mark.parametrize("switched_on", [("weight", "label_smoothing"), SWITCHES], ids=" ".join)
 def test_few_classes(switched_on, probabilities, shape, axis):
     batch = shape[:axis] + shape[axis + 1 :]
     # The reference's gradient of a soft cap is NaN where a class is impossible.

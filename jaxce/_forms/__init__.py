@@ -6,19 +6,20 @@ and its line here. `docs/speed.md` says what each is for; `benchmarks/forms.py` 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
 from jax import Array, lax
+from jax.sharding import AxisType
 
 from jaxce._forms import cpu_few_classes, cpu_long_rows, cpu_one_pass, cpu_recomputed, cpu_short_rows, gpu_soft_cap
 from jaxce._softmax import TEXTBOOK, Form, Gradients, Sums
 
-# The first that fits is taken; each goes on to the next where it doesn't fit.
-CPU_SUMS: Sequence[Callable[..., Sums]] = [cpu_few_classes.sums, cpu_long_rows.sums, cpu_one_pass.sums]
-CPU_GRADIENTS: Sequence[Callable[..., Gradients]] = [cpu_short_rows.gradients, cpu_recomputed.gradients]
-GPU_SUMS: Sequence[Callable[..., Sums]] = [gpu_soft_cap.sums]
+# Modules, each with `fits` and the function itself. The first that fits is taken, and may go on to the next for parts.
+CPU_SUMS: Sequence[Any] = [cpu_few_classes, cpu_long_rows, cpu_one_pass]
+GPU_SUMS: Sequence[Any] = [gpu_soft_cap]
+CPU_GRADIENTS: Sequence[Any] = [cpu_short_rows, cpu_recomputed]
 
 # For tests: without forms, all is as in `_softmax.py`.
 enabled = True
@@ -29,41 +30,43 @@ def chosen() -> Form:
     return Form(sums, gradients) if enabled else TEXTBOOK
 
 
-def sums(logits: Array, *inputs: Any, smooth: bool, first_class: Array | int = 0) -> Sums:
+def sums(*inputs: Any, smooth: bool, first_class: Array | int = 0) -> Sums:
     """`partial_sums` in the form that suits the platform."""
-    options = {"smooth": smooth, "first_class": first_class}
     platforms = {"cpu": CPU_SUMS, "cuda": GPU_SUMS, "rocm": GPU_SUMS}
-    return by_platform(TEXTBOOK.sums, platforms, logits, *inputs, **options)
+    return by_platform("sums", platforms, TEXTBOOK.sums, *inputs, smooth=smooth, first_class=first_class)
 
 
-def gradients(logits: Array, *inputs: Any, first_class: Array | int = 0) -> Gradients:
+def gradients(*inputs: Any, first_class: Array | int = 0) -> Gradients:
     """`partial_gradients` in the form that suits the platform."""
-    return by_platform(TEXTBOOK.gradients, {"cpu": CPU_GRADIENTS}, logits, *inputs, first_class=first_class)
+    return by_platform("gradients", {"cpu": CPU_GRADIENTS}, TEXTBOOK.gradients, *inputs, first_class=first_class)
 
 
 def read_again(logits: Array) -> Array:
     """The logits, for a pass of its own over them: on a CPU, XLA would store what two passes have in common."""
-
-    def apart(_: Callable[..., Array], logits: Array) -> Array:
-        return lax.optimization_barrier(logits)
-
-    return by_platform(lambda logits: logits, {"cpu": [apart]}, logits) if enabled else logits
+    if not enabled:
+        return logits
+    return lax.platform_dependent(logits, cpu=lax.optimization_barrier, default=lambda logits: logits)
 
 
 def by_platform(
-    textbook: Callable[..., Any],
-    platforms: Mapping[str, Sequence[Callable[..., Any]]],
-    logits: Array,
-    *inputs: Any,
-    **options: Any,
+    name: str, platforms: Mapping[str, Sequence[Any]], textbook: Callable[..., Any], *inputs: Any, **options: Any
 ) -> Any:
-    """The platform's first form, which goes on to the second, and so on to the textbook."""
-    if not jax.typeof(logits).sharding.mesh.empty:
-        # Where types say how the logits lie on a mesh, the forms' views of them would have to say it too.
-        return textbook(logits, *inputs, **options)
-    chains = {
-        platform: reduce(lambda rest, form: partial(form, rest), reversed(forms), textbook)
+    """The function `name` of the platform's first form that fits these inputs; the textbook's if none does."""
+    # Where types say how the logits lie on a mesh, a form's views of them would have to say it too.
+    typed = any(kind != AxisType.Auto for kind in jax.typeof(inputs[0]).sharding.mesh.axis_types)
+    functions = {
+        platform: partial(run, name, forms, textbook, **options)
         for platform, forms in platforms.items()
+        if any(form.fits(*inputs) for form in forms) and not typed
     }
-    functions = {platform: partial(function, **options) for platform, function in chains.items()}
-    return lax.platform_dependent(logits, *inputs, **functions, default=partial(textbook, **options))
+    if not functions:
+        return textbook(*inputs, **options)
+    return lax.platform_dependent(*inputs, **functions, default=partial(textbook, **options))
+
+
+def run(name: str, forms: Sequence[Any], textbook: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """The first form that fits, which may go on to the next ones."""
+    for place, form in enumerate(forms):
+        if form.fits(*inputs):
+            return getattr(form, name)(partial(run, name, forms[place + 1 :], textbook), *inputs, **options)
+    return textbook(*inputs, **options)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,12 @@ from jaxce._softmax import Sums, Target, Terms, beside, cap_logits, finite, term
 MOST_CLASSES = 16
 
 
+def fits(logits: Array, *_: Any) -> bool:
+    return logits.shape[0] <= MOST_CLASSES
+
+
 def sums(
-    rest: Callable[..., Sums],
+    _: Callable[..., Sums],
     logits: Array,
     target: Target | None,
     weight: Array | None,
@@ -24,8 +29,6 @@ def sums(
     first_class: Array | int,
 ) -> Sums:
     """`partial_sums`, one reduction for all sums but the maximum."""
-    if logits.shape[0] > MOST_CLASSES:
-        return rest(logits, target, weight, softcap, smooth=smooth, first_class=first_class)
     x, maximum = cap_logits(logits, softcap), lax.stop_gradient(cap_logits(logits.max(0), softcap))
     rows = terms(x, beside(finite(maximum)), target, weight, smooth=smooth, first_class=first_class)
     return Sums(maximum, add_up(rows))

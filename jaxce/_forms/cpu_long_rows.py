@@ -1,6 +1,7 @@
 """Long rows on a CPU: summed in equal slabs, and the slabs' sums merged."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,10 @@ LONGEST = 32_768
 SHORTEST_SLAB = 256
 
 
+def fits(logits: Array, *_: Any) -> bool:
+    return logits.ndim == 1 and slabs(logits.shape[0]) > 1
+
+
 def sums(
     rest: Callable[..., Sums],
     logits: Array,
@@ -23,11 +28,9 @@ def sums(
     smooth: bool,
     first_class: Array | int,
 ) -> Sums:
-    """`partial_sums` of slabs that are views of the row, merged; of the whole row if it can't be cut evenly."""
+    """`partial_sums` of slabs that are views of the row, merged."""
     classes = logits.shape[0]
     count = slabs(classes)
-    if count == 1 or logits.ndim > 1:
-        return rest(logits, target, weight, softcap, smooth=smooth, first_class=first_class)
     whole_target = target is None or is_index(target)
     rows = (logits, None if whole_target else target, weight)
     first_classes = first_class + jnp.arange(count, dtype=jnp.int32) * (classes // count)

@@ -8,12 +8,11 @@ from jax import Array, lax
 from jaxce._softmax import Gradients
 
 
-def gradients(rest: Callable[..., Gradients], logits: Array, *inputs: Any, first_class: Array | int) -> Gradients:
-    """`partial_gradients` of logits that are read again, if they have 16 bits or a cap.
+def fits(logits: Array, target: Array, weight: Array | None, softcap: Array | None, *_: Any) -> bool:
+    # Of 32 bits and without a cap, the gradient itself has room for the exponentials, which cost more than memory.
+    return logits.dtype.itemsize == 2 or softcap is not None
 
-    Else the gradient itself has room for the exponentials, which cost more there than memory does.
-    """
-    softcap = inputs[2]
-    if logits.dtype.itemsize == 2 or softcap is not None:
-        logits, inputs = lax.optimization_barrier((logits, inputs))
-    return rest(logits, *inputs, first_class=first_class)
+
+def gradients(rest: Callable[..., Gradients], *inputs: Any, first_class: Array | int) -> Gradients:
+    """`partial_gradients` of logits that are read again."""
+    return rest(*lax.optimization_barrier(inputs), first_class=first_class)

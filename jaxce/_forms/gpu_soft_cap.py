@@ -9,19 +9,21 @@ from jax import Array, lax
 from jaxce._softmax import Shares, Sums, Target, beside, cap_logits, finite, is_index, target_share, terms
 
 
+def fits(logits: Array, target: Target | None, weight: Array | None, softcap: Array | None) -> bool:
+    return softcap is not None and target is not None and is_index(target)
+
+
 def sums(
-    rest: Callable[..., Sums],
+    _: Callable[..., Sums],
     logits: Array,
-    target: Target | None,
+    target: Target,
     weight: Array | None,
-    softcap: Array | None,
+    softcap: Array,
     *,
     smooth: bool,
     first_class: Array | int,
 ) -> Sums:
     """`partial_sums`; maximum and label are found before the cap, which keeps the order."""
-    if softcap is None or target is None or not is_index(target):
-        return rest(logits, target, weight, softcap, smooth=smooth, first_class=first_class)
     maximum = lax.stop_gradient(cap_logits(logits.max(0), softcap))
     m, x = finite(maximum), cap_logits(logits, softcap)
     rows = terms(x, beside(m), None, weight, smooth=smooth, first_class=first_class)
