@@ -14,8 +14,7 @@ from jaxce import _linear
 
 N, D, C = 12, 5, 17
 LOOPS = ["tokens", "classes", "auto"]
-# 7 divides neither N nor C; 1 is the smallest and 40 is more than there is.
-CHUNKS = [1, 7, 40]
+# Below, chunks of 7 divide neither N nor C; 1 is the smallest, and 40 is more than there is.
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -74,10 +73,10 @@ def gradients(loss, arrays, labels, **options):
 @pytest.mark.parametrize(
     ("options", "reduction", "chunks"),
     [
-        ("plain", "mean", [1, 40]),
+        ("plain", "mean", [1]),
         ("smoothing", "none", [7]),
         ("all", "mean", [7]),
-        ("all", "none", [N]),
+        ("all", "none", [40]),
     ],
 )
 @pytest.mark.parametrize("loop", LOOPS)
@@ -92,7 +91,7 @@ def test_equals_cross_entropy_of_the_logits(loop, options, reduction, chunks, x6
         assert_trees_close(got, want, 1e-11)
 
 
-@pytest.mark.parametrize(("reduction", "smoothing"), [("mean", 0.2), ("none", 0.0), ("sum", 0.2)])
+@pytest.mark.parametrize(("reduction", "smoothing"), [("mean", 0.2), ("none", 0.0)])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_class_probabilities(loop, reduction, smoothing, x64):
     labels, weight = distributions((N, C), dtype=np.float64), positive((C,), 5, np.float64)
@@ -102,7 +101,7 @@ def test_class_probabilities(loop, reduction, smoothing, x64):
     assert_trees_close(got, want, 1e-11)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_transposed_kernel_and_any_batch_axes(loop, x64):
     arrays = problem()
     batched = {**arrays, "hidden": arrays["hidden"].reshape(3, 4, D), "kernel": arrays["kernel"].T}
@@ -150,7 +149,7 @@ def test_logits_in_the_room_of_the_kernels_gradient(transposed, reduction, token
 
 
 # Slabs of 7 end in the padding, one of 40 would reach over it.
-@pytest.mark.parametrize(("options", "fill", "chunk"), [("plain", 50.0, 7), ("all", np.nan, 7), ("plain", np.nan, 40)])
+@pytest.mark.parametrize(("options", "fill", "chunk"), [("plain", 50.0, 40), ("all", np.nan, 7)])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_padding_counts_for_nothing(loop, options, fill, chunk, x64):
     """Columns beyond `num_classes` can hold anything: the loss doesn't see them, and their gradient is 0."""
@@ -172,8 +171,7 @@ def test_padding_counts_for_nothing(loop, options, fill, chunk, x64):
     assert_trees_close(cut, want_grads, 1e-11)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("loop", "reduction"), [("tokens", "mean"), ("classes", "none"), ("auto", "mean")])
 def test_what_is_left_out_reaches_no_gradient(loop, reduction):
     arrays = problem(np.float32)
     dirty = {**arrays, "hidden": arrays["hidden"].at[4].set(jnp.nan).at[2].set(jnp.inf)}
@@ -431,7 +429,7 @@ def test_second_derivatives(loop, x64):
     assert_close(hessian, jax.hessian(lambda h: dense(h, arrays["kernel"], LABELS[:3]))(hidden), 1e-10)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_vmap_over_a_stacked_model(loop):
     stacked = jax.tree.map(lambda a: jnp.stack([a, -a, a / 2]), problem(np.float32))
 
@@ -444,7 +442,7 @@ def test_vmap_over_a_stacked_model(loop):
     assert_trees_close(jax.vmap(grads)(stacked), jax.tree.map(lambda *a: jnp.stack(a), *want), 1e-5)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["tokens", "auto"])
 def test_checkpoint_scan_and_export(loop):
     arrays = problem(np.float32)
     want = jax.grad(lambda a: dense(**a, labels=LABELS))(arrays)
@@ -536,10 +534,14 @@ def test_messages(error, arguments, message, wrap, disabled):
 @pytest.mark.parametrize(
     ("chunked", "options"),
     # PyTorch's chunked loss has no smoothing: it falls back to the dense one.
-    [(False, {"label_smoothing": 0.1})]
-    + [(c, o) for c in (False, True) for o in ({}, {"weight": True}, {"weight": True, "reduction": "sum"})],
+    [
+        (False, {"label_smoothing": 0.1}),
+        (False, {"weight": True}),
+        (True, {}),
+        (True, {"weight": True, "reduction": "sum"}),
+    ],
 )
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_parity_with_torch(loop, options, chunked, x64):
     torch = pytest.importorskip("torch", reason="parity with PyTorch is skipped: torch is not installed")
     arrays, weight = problem(), positive((C,), 5, np.float64)
@@ -558,13 +560,10 @@ def test_parity_with_torch(loop, options, chunked, x64):
         **theirs,
     )
     want.backward()
-    for chunk in CHUNKS:
-        got, grads = jax.value_and_grad(
-            lambda a, chunk=chunk: jaxce.linear_cross_entropy(
-                **a, labels=LABELS, strategy=loop, chunk_size=chunk, **ours
-            )
-        )(arrays)
-        assert_close(got, want.detach().numpy(), 1e-11)
-        for name, tensor in (("hidden", h), ("kernel", w), ("bias", b)):
-            exact = tensor.grad.numpy().T if name == "kernel" else tensor.grad.numpy()
-            assert_close(grads[name], exact, 1e-10)
+    got, grads = jax.value_and_grad(
+        lambda a: jaxce.linear_cross_entropy(**a, labels=LABELS, strategy=loop, chunk_size=7, **ours)
+    )(arrays)
+    assert_close(got, want.detach().numpy(), 1e-11)
+    for name, tensor in (("hidden", h), ("kernel", w), ("bias", b)):
+        exact = tensor.grad.numpy().T if name == "kernel" else tensor.grad.numpy()
+        assert_close(grads[name], exact, 1e-10)

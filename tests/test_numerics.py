@@ -24,9 +24,9 @@ def truth(function, logits, *rest):
 
 @pytest.mark.parametrize(
     ("shape", "scale"),
-    [((16, 10), 1.0), ((8, 1000), 1.0), ((8, 1000), 10.0), ((4, CPU_SLABS), 10.0), ((4, PRIME), 1.0)],
+    [((16, 10), 1.0), ((8, 1000), 10.0), ((4, CPU_SLABS), 10.0), ((4, PRIME), 1.0)],
 )
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
 def test_the_error_is_no_larger_than_the_plain_computations(dtype, shape, scale):
     logits, labels = scale * normal(shape), indices(shape[0], shape[1])
     logits = logits.astype(dtype)
@@ -42,9 +42,11 @@ def test_the_error_is_no_larger_than_the_plain_computations(dtype, shape, scale)
 @pytest.mark.parametrize(
     ("num_classes", "probabilities", "options"),
     [
-        *((CPU_SLABS, p, o) for p in (False, True) for o in ({}, {"logit_softcap": 3.0}, {"label_smoothing": 0.2})),
+        (CPU_SLABS, False, {"label_smoothing": 0.2}),
+        (CPU_SLABS, False, {"logit_softcap": 3.0}),
+        (CPU_SLABS, True, {}),
+        (CPU_SLABS, True, {"label_smoothing": 0.2, "logit_softcap": 3.0}),
         (PRIME, False, {"z_loss": 0.1}),
-        (PRIME, True, {"label_smoothing": 0.2}),
     ],
 )
 def test_long_rows(num_classes, probabilities, options):

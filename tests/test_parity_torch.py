@@ -1,7 +1,5 @@
 """PyTorch's losses in float64: values, and gradients in logits and probabilities."""
 
-from itertools import product
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +15,13 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("x64")
 
 F64 = np.float64
-SHAPES = [(5,), (4, 5), (3, 5, 2, 2)]
-REDUCTIONS = ["none", "sum", "mean"]
+SHAPES_AND_REDUCTIONS = [
+    ((5,), "none"),
+    ((4, 5), "sum"),
+    ((4, 5), "mean"),
+    ((3, 5, 2, 2), "mean"),
+    ((3, 5, 2, 2), "none"),
+]
 
 
 def class_axis(shape):
@@ -49,7 +52,7 @@ def assert_parity(ours, theirs):
 
 @pytest.mark.parametrize(("smoothing", "ignore_index"), [(0.0, -100), (0.2, 3)])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("shape", "reduction"), list(product(SHAPES, REDUCTIONS)))
+@pytest.mark.parametrize(("shape", "reduction"), SHAPES_AND_REDUCTIONS)
 def test_cross_entropy_of_indices(shape, reduction, weighted, ignore_index, smoothing):
     axis = class_axis(shape)
     logits, labels = normal(shape, 0, F64), indices(shape[:axis] + shape[axis + 1 :], 5)
@@ -65,7 +68,7 @@ def test_cross_entropy_of_indices(shape, reduction, weighted, ignore_index, smoo
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("shape", "reduction"), list(product(SHAPES, REDUCTIONS)))
+@pytest.mark.parametrize(("shape", "reduction"), SHAPES_AND_REDUCTIONS)
 def test_cross_entropy_of_probabilities(shape, reduction, weighted, smoothing):
     axis = class_axis(shape)
     logits, labels = normal(shape, 0, F64), distributions(shape, axis, dtype=F64)
@@ -84,7 +87,7 @@ def test_cross_entropy_of_probabilities(shape, reduction, weighted, smoothing):
 
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("shape", "reduction"), list(product(SHAPES, REDUCTIONS)))
+@pytest.mark.parametrize(("shape", "reduction"), SHAPES_AND_REDUCTIONS)
 def test_nll_loss(shape, reduction, weighted, ignore_index):
     axis = class_axis(shape)
     scores, labels = normal(shape, 0, F64), indices(shape[:axis] + shape[axis + 1 :], 5)

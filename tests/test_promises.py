@@ -95,6 +95,8 @@ LONG = [(512, 128_256), (128, 50_257)]
     + [((4, 150, 64, 64), {"axis": 1}), ((4, 150, 64, 64), {"axis": 1, "label_smoothing": 0.1})],
 )
 def test_no_temporary_array_of_the_logits_size(shape, options, derivative, dtype):
+    if dtype == jnp.bfloat16 and jax.__version_info__ < (0, 12):
+        pytest.skip("before JAX 0.12, XLA:CPU stores a float32 copy of 16-bit logits")
     axis = options.get("axis", -1) % len(shape)
     options, batch = dict(options), shape[:axis] + shape[axis + 1 :]
     logits, labels = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(batch, jnp.int32)

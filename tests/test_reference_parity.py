@@ -39,13 +39,16 @@ def left_out(probabilities):
 
 
 def combinations():
-    """Every set of switches, with indices or with probabilities: any five of the six take all their values together.
+    """Sets of switches, with indices or probabilities: any three of the six take all their values together.
 
-    Masks and reductions take turns among them.
+    A quarter of all combinations does that. Masks and reductions take turns among them.
     """
-    for number, bits in enumerate(product((False, True), repeat=len(SWITCHES))):
-        switched_on = tuple(name for name, on in zip(SWITCHES, bits, strict=True) if on)
-        yield switched_on, sum(bits) % 2 == 1, number // 2 % 2 == 1, ("none", "sum", "mean")[number % 3]
+    for number, bits in enumerate(product((False, True), repeat=4)):
+        weight, sample_weight, label_smoothing, z_loss = bits
+        switches = (*bits, weight ^ sample_weight ^ label_smoothing)
+        probabilities = sample_weight ^ label_smoothing ^ z_loss
+        switched_on = tuple(name for name, on in zip(SWITCHES, switches, strict=True) if on)
+        yield switched_on, probabilities, number // 2 % 2 == 1, ("none", "sum", "mean")[number % 3]
 
 
 @pytest.mark.parametrize(("switched_on", "probabilities", "masked", "reduction"), list(combinations()))
@@ -61,8 +64,8 @@ def test_cross_entropy_is_the_textbook_formula(switched_on, probabilities, maske
 
 @pytest.mark.parametrize(
     ("shape", "axis", "switched_on"),
-    [((6, 5), 1, ("weight", "label_smoothing")), ((6, 5), 1, SWITCHES), (SHAPE, AXIS, ("weight", "label_smoothing"))],
-    ids=["last", "last, every option", "axis 1"],
+    [((6, 5), 1, SWITCHES), (SHAPE, AXIS, ("weight", "label_smoothing"))],
+    ids=["last", "axis 1"],
 )
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 def test_few_classes(switched_on, probabilities, shape, axis):
@@ -81,7 +84,6 @@ def test_few_classes(switched_on, probabilities, shape, axis):
     low = {**floats, "logits": logits.astype(jnp.float16)}
     want = value_and_grads(jaxce.reference.cross_entropy, {**low, "logits": low["logits"].astype(F64)}, **options)
     assert_trees_close(value_and_grads(jaxce.cross_entropy, low, **options), want, 4e-3)
-    assert_close(jaxce.cross_entropy(**low, **options), want[0], 1e-5)
 
 
 @pytest.mark.parametrize(("reduction", "masked"), [("none", True), ("sum", False), ("mean", True), ("mean", False)])
@@ -117,7 +119,7 @@ def test_log_softmax_is_the_textbook_formula(axis, masked):
 
 
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
-@pytest.mark.parametrize("axis", [-3, 1, -1])
+@pytest.mark.parametrize("axis", [-3, 1])
 def test_the_class_axis_may_be_anywhere(axis, probabilities):
     batch = SHAPE[: axis % 3] + SHAPE[axis % 3 + 1 :]
     floats = {

@@ -244,9 +244,11 @@ def test_explicit_mesh_of_one_device_with_long_rows(spec):
 PLACES = [(P("x", None, None), P(None, None)), (P(None, None, None), P(None, "x"))]
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("axis_type", "loop"),
+    [(AxisType.Auto, "tokens"), (AxisType.Explicit, "tokens"), (AxisType.Explicit, "classes")],
+)
 @pytest.mark.parametrize(("of_tokens", "of_kernel"), PLACES)
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_projection_on_a_mesh(loop, of_tokens, of_kernel, axis_type):
     hidden, kernel, labels = normal((8, 2, 5)), normal((5, 24), 1), indices((8, 2), 24).at[3].set(-100)
 
