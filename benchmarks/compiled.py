@@ -30,6 +30,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxce
+from jaxce import _forms
 
 SHAPES = ((8_192, 4_096, 128_256), (32_768, 2_560, 128_256))
 # Logits, and their class axis.
@@ -212,6 +213,12 @@ def main() -> None:
                 ours = partial(jaxce.cross_entropy, axis=axis)
                 print(logits_row(name, "jaxce", ours, shape, axis, gradient), flush=True)
                 print(logits_row(name, "optax", optax_loss(axis), shape, axis, gradient), flush=True)
+    shape, axis = LOGITS[0]
+    capped = partial(jaxce.cross_entropy, logit_softcap=30.0)
+    for label, forms in (("soft cap", _forms.GPU_SUMS), ("soft cap, without gpu_soft_cap", [])):
+        jax.clear_caches()
+        _forms.GPU_SUMS = forms
+        print(logits_row("H200", f"jaxce, {label}", capped, shape, axis, gradient=True), flush=True)
 
 
 if __name__ == "__main__":

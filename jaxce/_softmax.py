@@ -13,6 +13,9 @@ With logits x, their maximum m, p = softmax x, a target t (one-hot for a class i
 Every sum is over some of the classes of an example (`partial_sums`); `merge` puts disjoint parts together, and
 `read_stats` reads the numbers off. So a whole row, a loop over slabs of a kernel and a row that lies on several
 devices are the same code. A class whose logit is -inf can't happen: it has no share of the smoothing, and no gradient.
+
+An example has its classes on axis 0. Axes behind it hold more examples, where the class axis of the logits isn't the
+last: to move it would be a copy of them. Numbers are then of the shape of those axes, and `beside` the classes.
 """
 
 from collections.abc import Callable
@@ -180,15 +183,20 @@ def merge(parts: Sums) -> Sums:
     maximum = parts.maximum.max(0)
     rise = finite(maximum) - finite(parts.maximum)
     scale = jnp.exp(parts.maximum - finite(maximum))
-    exp, exp_x, *distributions = parts.total
-    return Sums(
-        maximum,
-        Terms(
-            (scale * exp).sum(0),
-            (scale * (exp_x - jnp.where(scale == 0, 0, rise) * exp)).sum(0),
-            *(u and Shares(gap=(u.gap + u.mass * rise).sum(0), mass=u.mass.sum(0)) for u in distributions),
-        ),
+
+    def merge_shares(part: Shares | None) -> Shares | None:
+        if part is None:
+            return None
+        return Shares(gap=(part.gap + part.mass * rise).sum(0), mass=part.mass.sum(0))
+
+    exp, exp_x, target, smooth = parts.total
+    total = Terms(
+        exp=(scale * exp).sum(0),
+        exp_x=(scale * (exp_x - jnp.where(scale == 0, 0, rise) * exp)).sum(0),
+        target=merge_shares(target),
+        smooth=merge_shares(smooth),
     )
+    return Sums(maximum, total)
 
 
 def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:
@@ -231,7 +239,7 @@ def partial_gradients(
     # What is left out may be NaN, which must not reach the gradient of the cap.
     x, pull = jax.vjp(cap_logits, logits if softcap is None else keep(live, logits), softcap)
     possible = x != -jnp.inf
-    p = jnp.exp(x - normalizer.maximum) * (1 / normalizer.exp)
+    p = jnp.exp(x - normalizer.maximum) / normalizer.exp
     surprise = jnp.where(possible, jnp.log(normalizer.exp) - (x - normalizer.maximum), 0)  # -log p
     dx, dtarget, dweight = (jnp.zeros_like(x) for _ in range(3))
     if g.nll is not None:

@@ -46,7 +46,7 @@ BUGS = [
     Bug("0·inf of an impossible class", SOFTMAX, "jnp.where(u == 0, 0, u * (m - x))", "u * (m - x)", NUMBERS),
     Bug("impossible class has a share of smoothing", SOFTMAX, "jnp.where(x == -jnp.inf, 0, class_weight", "jnp.where(x == 0, 0, class_weight", NUMBERS),
     Bug("merge adds sums of exponentials as they are", SOFTMAX, "(scale * exp).sum(0)", "exp.sum(0)", NUMBERS),
-    Bug("merge keeps the gaps", SOFTMAX, "u.gap + u.mass * rise", "u.gap", NUMBERS),
+    Bug("merge keeps the gaps", SOFTMAX, "part.gap + part.mass * rise", "part.gap", NUMBERS),
     Bug("merge keeps the entropy's sums", SOFTMAX, "jnp.where(scale == 0, 0, rise) * exp", "0 * exp", NUMBERS),
     Bug("a row that is all -inf isn't NaN", SOFTMAX, "sums.maximum == -jnp.inf, jnp.nan, jnp.log", "sums.maximum == -jnp.inf, 0, jnp.log", NUMERICS),
     Bug("a bad label isn't NaN", SOFTMAX, "jnp.where(target < 0, jnp.nan, jnp.ones_like(gap))", "jnp.ones_like(gap)", ELSEWHERE),
@@ -62,7 +62,7 @@ BUGS = [
     Bug("probabilities have no gradient", SOFTMAX, "dtarget += g.nll * surprise", "dtarget += 0 * surprise", PARITY),
     Bug("class weights have no gradient by smoothing", SOFTMAX, "dweight += g.smooth_nll * surprise", "dweight += 0 * surprise", PARITY),
     Bug("sign of the entropy's gradient", SOFTMAX, "(surprise - normalizer.entropy)", "(normalizer.entropy - surprise)", NUMBERS),
-    Bug("log_softmax of a masked class has a gradient", SOFTMAX, "g = jnp.where(log_p == -jnp.inf, 0, g)", "g = g + 0", PARITY),
+    Bug("log_softmax of a masked class has a gradient", SOFTMAX, "g = jnp.where(log_p == -jnp.inf, 0, g)", "g = g + 0", NUMERICS),
     # From the numbers to a loss.
     Bug("smoothing adds to the whole nll", COMPOSE, "(1 - epsilon) * loss", "loss", PARITY),
     Bug("smoothing isn't over the classes' number", COMPOSE, "epsilon / num_classes", "epsilon", PARITY),
@@ -120,7 +120,9 @@ def plant(bug: Bug) -> str | None:
             shutil.copy(ROOT / part, copy / part)
         path = source(copy, bug)
         path.write_text(path.read_text().replace(bug.right, bug.wrong))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", f"tests/{bug.tests}"]
+        # Not by the test that compares this table with the source.
+        fits = "--deselect=tests/test_promises.py::test_planted_bugs_fit_the_source"
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", fits, f"tests/{bug.tests}"]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
         failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
         return failed.group(1) if failed else None

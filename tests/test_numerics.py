@@ -207,3 +207,11 @@ def test_nan_stays_in_its_long_row():
     assert np.all(np.isnan(gradient[1]))
     assert np.all(np.isfinite(gradient[2]))
     assert float(gradient[2].sum()) == pytest.approx(0, abs=1e-5)
+
+
+def test_nothing_flows_back_from_the_log_probability_of_an_impossible_class():
+    logits = normal(5).at[2].set(-jnp.inf)
+    _, pull = jax.vjp(jaxce.log_softmax, logits)
+    want = pull(jnp.ones(5).at[2].set(0))[0]
+    assert_close(pull(jnp.ones(5))[0], want, 1e-6)
+    assert want[2] == 0
