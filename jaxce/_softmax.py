@@ -239,16 +239,16 @@ def partial_gradients(
     # What is left out may be NaN, which must not reach the gradient of the cap.
     x, pull = jax.vjp(cap_logits, logits if softcap is None else keep(live, logits), softcap)
     possible = x != -jnp.inf
-    p = jnp.exp(x - normalizer.maximum) / normalizer.exp
+    p = jnp.exp(x - normalizer.maximum) * (1 / normalizer.exp)
     surprise = jnp.where(possible, jnp.log(normalizer.exp) - (x - normalizer.maximum), 0)  # -log p
     dx, dtarget, dweight = (jnp.zeros_like(x) for _ in range(3))
     if g.nll is not None:
         t = jnp.where(possible, target_share(target, weight, x, first_class), 0)
-        dx += g.nll * (p * normalizer.target_mass - t)
+        dx += g.nll * normalizer.target_mass * p - g.nll * t
         dtarget += g.nll * surprise * class_weight(weight, x)
         dweight += 0 if is_index(target) else g.nll * surprise * target.astype(x.dtype)
     if g.smooth_nll is not None:
-        dx += g.smooth_nll * (p * normalizer.smooth_mass - smooth_share(weight, x))
+        dx += g.smooth_nll * normalizer.smooth_mass * p - g.smooth_nll * smooth_share(weight, x)
         dweight += g.smooth_nll * surprise
     if g.log_z is not None:
         dx += g.log_z * p

@@ -52,9 +52,9 @@ BUGS = [
     Bug("a bad label isn't NaN", SOFTMAX, "jnp.where(target < 0, jnp.nan, jnp.ones_like(gap))", "jnp.ones_like(gap)", ELSEWHERE),
     Bug("numbers of an example left out", SOFTMAX, "return keep(live, stats), (", "return stats, (", PARITY),
     # Their gradient.
-    Bug("gradient without the target", SOFTMAX, "p * normalizer.target_mass - t", "p * normalizer.target_mass", PARITY),
+    Bug("gradient without the target", SOFTMAX, "g.nll * normalizer.target_mass * p - g.nll * t", "g.nll * normalizer.target_mass * p", PARITY),
     Bug("gradient of zeros", SOFTMAX, "dlogits, dsoftcap = pull(dx)", "dlogits, dsoftcap = pull(0 * dx)", PARITY),
-    Bug("targets are assumed to sum to one", SOFTMAX, "p * normalizer.target_mass - t", "p - t", PARITY),
+    Bug("targets are assumed to sum to one", SOFTMAX, "g.nll * normalizer.target_mass * p - g.nll * t", "g.nll * p - g.nll * t", PARITY),
     Bug("gradient of an example left out", SOFTMAX, "dx, dtarget, dweight = keep(live, ", "dx, dtarget, dweight = keep(None, ", PROPERTIES),
     Bug("NaN reaches the gradient of the cap", SOFTMAX, "logits if softcap is None else keep(live, logits)", "logits", NUMERICS),
     Bug("soft cap isn't differentiated", SOFTMAX, "dlogits, dsoftcap = pull(dx)", "dlogits, dsoftcap = dx, pull(dx)[1]", ELSEWHERE),
@@ -124,7 +124,7 @@ def plant(bug: Bug) -> str | None:
         fits = "--deselect=tests/test_promises.py::test_planted_bugs_fit_the_source"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", fits, f"tests/{bug.tests}"]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-        failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
         return failed.group(1) if failed else None
 
 
