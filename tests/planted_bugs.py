@@ -95,6 +95,7 @@ BUGS = [
     Bug("one pass: sums share their inputs", "_forms/cpu_one_pass.py", "inputs = lax.optimization_barrier(inputs)", "inputs = inputs", PROMISES),
     Bug("short rows: all examples are live", "_forms/cpu_short_rows.py", "jnp.where(live, logits.shape[0], 0)", "jnp.where(live, logits.shape[0], 1)", NUMBERS),
     Bug("recomputed: the forward pass stores", "_forms/cpu_recomputed.py", "logits.dtype.itemsize == 2 or", "False or", PROMISES),
+    Bug("soft cap on a GPU: the label's logit isn't capped", "_forms/gpu_soft_cap.py", "m - cap_logits(logit, softcap), 0)", "m - logit, 0)", NUMBERS),
     Bug("predicted shares the logits", "_forms/__init__.py", "cpu=lax.optimization_barrier,", "cpu=lambda logits: logits,", PROMISES),
 ]  # fmt: skip
 
