@@ -104,6 +104,7 @@ class ProjectionOptions(NamedTuple):
     chunk_size: int | None
     strategy: str
     precision: lax.PrecisionLike
+    platform: str  # that it will run on
 
 
 def projection_options(
@@ -113,6 +114,7 @@ def projection_options(
     chunk_size: int | None,
     strategy: str,
     precision: lax.PrecisionLike,
+    platform: str,
 ) -> ProjectionOptions:
     """The options of the projection, checked one by one."""
     return ProjectionOptions(
@@ -121,6 +123,7 @@ def projection_options(
         chunk_size=None if chunk_size is None else integer("chunk_size", chunk_size),
         strategy=choice("strategy", strategy, STRATEGIES),
         precision=precision,
+        platform=platform,
     )
 
 
@@ -268,8 +271,10 @@ def _index_examples(labels: Array, num_classes: int, ignore_index: int, live: Ar
     valid = labels >= 0
     if num_classes <= limits.max:
         valid &= labels < jnp.asarray(num_classes, labels.dtype)
-    labels = name_bad_labels(labels, valid if live is None else valid | ~live, num_classes)
-    return Examples(jnp.where(valid, labels.astype(jnp.int32), -1), live)
+    # A label that is left out is as good as any: NaN for it would be selected away, but not out of second derivatives.
+    fine = valid if live is None else valid | ~live
+    labels = name_bad_labels(labels, fine, num_classes)
+    return Examples(jnp.where(valid, labels.astype(jnp.int32), jnp.where(fine, 0, -1)), live)
 
 
 def _live(name: str, shape: Shape, batch: Shape, where: Array, origin: str) -> Array:

@@ -57,6 +57,24 @@ def test_reverse_over_reverse(ours, theirs):
     assert_close(jax.jacrev(jax.jacrev(ours))(LOGITS), jax.hessian(theirs)(LOGITS), 1e-5)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        jaxce.cross_entropy,
+        lambda x, y: jaxce.nll_loss(jaxce.log_softmax(x), y),
+        lambda x, y: jaxce.linear_cross_entropy(x, jnp.eye(6), y, strategy="tokens"),
+        lambda x, y: jaxce.linear_cross_entropy(x, jnp.eye(6), y, strategy="classes"),
+    ],
+    ids=["cross_entropy", "nll_loss", "tokens", "classes"],
+)
+def test_reverse_over_reverse_where_an_example_is_left_out(loss):
+    got = jax.jacrev(jax.jacrev(loss))(LOGITS, LABELS.at[1].set(-100))
+    kept = jnp.array([0, 2, 3])
+    want = jax.hessian(jaxce.reference.cross_entropy)(LOGITS[kept], LABELS[kept])
+    assert not got[1].any()
+    assert_close(got[kept][:, :, kept], want, 1e-5)
+
+
 def test_jacrev():
     got, want = (
         jax.jacrev(of_logits(loss, reduction="none"))(LOGITS)
