@@ -9,24 +9,38 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--no-forms`: every test of values and gradients holds for the textbook too."""
+    """`--no-forms` and `--as-on-tpu`: every test of values and gradients holds for these too."""
     parser.addoption("--no-forms", action="store_true", help="compute as in jaxce/_softmax.py on every platform")
+    parser.addoption("--as-on-tpu", action="store_true", help="the same, with the loops of a TPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Turns the forms off before anything is traced."""
+    """Turns the forms off, or the loops of a TPU on, before anything is traced."""
     config.addinivalue_line("markers", "form(name): a promise that this form of jaxce/_forms makes")
-    if config.getoption("--no-forms"):
+    config.addinivalue_line("markers", "loop(name): a promise that this file of jaxce/_loops makes")
+    if without_forms(config):
         from jaxce import _forms
 
         _forms.enabled = False
+    if config.getoption("--as-on-tpu"):
+        from jaxce import _linear
+        from jaxce._loops import accelerator
+
+        accelerator.everywhere = True
+        _linear.platform_of = lambda arrays: "tpu"
+
+
+def without_forms(config: pytest.Config) -> bool:
+    """Whether all is computed as the textbook has it."""
+    return config.getoption("--no-forms") or config.getoption("--as-on-tpu")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without forms, skips what only a form promises."""
-    for item in items if config.getoption("--no-forms") else []:
-        for marker in item.iter_markers("form"):
-            item.add_marker(pytest.mark.skip(reason=f"--no-forms: a promise of {marker.args[0]}"))
+    """Skips what only a form, or a loop of another platform, promises."""
+    skipped = [*["form"] * without_forms(config), *["loop"] * config.getoption("--as-on-tpu")]
+    for item in items:
+        for marker in (marker for name in skipped for marker in item.iter_markers(name)):
+            item.add_marker(pytest.mark.skip(reason=f"a promise of {marker.args[0]}"))
 
 
 def as_users_have_it(namespace: dict[str, Any]) -> None:

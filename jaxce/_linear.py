@@ -12,15 +12,13 @@ from jax.typing import ArrayLike
 from jaxce import _checks, _forms
 from jaxce._checks import LossOptions, ProjectionOptions
 from jaxce._compose import Options, divide, example_losses, example_weights, weight_sum
-from jaxce._loops import Config, Inputs, Loop, linear_stats, matmul_dtype, summed_loss
+from jaxce._loops import Config, Inputs, Loop, choose_loop, linear_stats, matmul_dtype, summed_loss
 from jaxce._losses import LossStats, Reduction
 from jaxce._mesh import explicit_mesh, vary_alike
+from jaxce._platform import platform_of
 from jaxce._softmax import compute_dtype, is_index
 
 Strategy: TypeAlias = Literal["auto", "tokens", "classes"]
-
-# On a CPU, "auto" is "tokens" for kernels of at most so many entries, whose gradient stays in the cache.
-SMALL_KERNEL = 2**21
 
 
 @overload
@@ -168,6 +166,7 @@ def linear_cross_entropy(
             chunk_size=chunk_size,
             strategy=strategy,
             precision=precision,
+            platform=platform_of((hidden, kernel)),
         ),
     )
 
@@ -206,10 +205,12 @@ def configure(projection: ProjectionOptions, num_classes: int, inputs: Inputs, o
     """What is known of the loop when the function is traced."""
     auto = projection.strategy == "auto"
     return Config(
-        loop=choose_loop(inputs, options.reduction) if auto else cast(Loop, projection.strategy),
-        either_loop=auto,
+        platform=projection.platform,
+        loop=choose_loop(projection.platform, inputs, options.reduction) if auto else cast(Loop, projection.strategy),
+        # Over tokens, a TPU takes more memory and seldom less time, also with a matmul less.
+        either_loop=auto and projection.platform != "tpu",
         # With more devices than one, the tokens could lie on others than the gradient of the kernel.
-        keeps_logits=auto and jax.default_backend() == "cpu" and jax.device_count() == 1,
+        keeps_logits=auto and projection.platform == "cpu" and jax.device_count() == 1,
         chunk_size=projection.chunk_size,
         num_classes=num_classes,
         transpose_kernel=projection.transpose_kernel,
@@ -217,18 +218,6 @@ def configure(projection: ProjectionOptions, num_classes: int, inputs: Inputs, o
         smooth=options.label_smoothing is not None,
         form=_forms.chosen(),
     )
-
-
-def choose_loop(inputs: Inputs, reduction: str) -> Loop:
-    """The loop for "auto": see the docstring of `linear_cross_entropy`, and docs/linear.md for what was measured."""
-    *batch, features = inputs.hidden.shape
-    if jax.default_backend() == "cpu":
-        # A slab's logits stay in the cache, which makes up for the fourth matmul; the gradient of a small kernel, which
-        # the loop over tokens adds to, does so too.
-        over_tokens = inputs.kernel.size <= SMALL_KERNEL
-    else:
-        over_tokens = 16 * features <= math.prod(batch) * inputs.hidden.dtype.itemsize
-    return "tokens" if over_tokens and reduction != "none" else "classes"
 
 
 def _loss_and_stats(

@@ -50,7 +50,7 @@ class Shares(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What is summed over the classes, m being their largest logit; None where it isn't asked for."""
+    """What is summed over the classes, relative to m; None where it isn't asked for."""
 
     exp: Array  # exp(x - m)
     exp_x: Array  # exp(x - m)·(x - m)
@@ -62,13 +62,14 @@ class Sums(NamedTuple):
     """The largest logit of some of the classes, and the sums over them."""
 
     maximum: Array
+    reference: Array  # m, the maximum or another number that isn't far below it
     total: Terms
 
 
 class Normalizer(NamedTuple):
     """What the gradient needs of the whole row, besides the logits themselves."""
 
-    maximum: Array  # 0 where every class is impossible
+    reference: Array  # m
     exp: Array
     entropy: Array
     target_mass: Array
@@ -167,22 +168,27 @@ def partial_sums(
     target: Target | None,
     weight: Array | None,
     softcap: Array | None,
+    reference: Array | None = None,
     *,
     smooth: bool,
     first_class: Array | int = 0,
 ) -> Sums:
-    """The sums over the classes whose logits, target and weight these are; `first_class` is the index of the first."""
+    """The sums over the classes whose logits, target and weight these are; `first_class` is the index of the first.
+
+    They are relative to `reference`, or else to the largest logit. The numbers of the example are the same for any.
+    """
     x = cap_logits(logits, softcap)
-    maximum = lax.stop_gradient(x.max(0))  # The numbers are the same whatever they are taken relative to.
-    rows = terms(x, beside(finite(maximum)), target, weight, smooth=smooth, first_class=first_class)
-    return Sums(maximum, jax.tree.map(lambda row: row.sum(0), rows))
+    maximum = lax.stop_gradient(x.max(0))
+    m = finite(maximum) if reference is None else reference
+    rows = terms(x, beside(m), target, weight, smooth=smooth, first_class=first_class)
+    return Sums(maximum, m, jax.tree.map(lambda row: row.sum(0), rows))
 
 
 def merge(parts: Sums) -> Sums:
     """The sums over all classes, from those over disjoint parts of them, stacked along axis 0."""
     maximum = parts.maximum.max(0)
-    rise = finite(maximum) - finite(parts.maximum)
-    scale = jnp.exp(parts.maximum - finite(maximum))
+    rise = finite(maximum) - parts.reference
+    scale = jnp.where(parts.maximum == -jnp.inf, 0, jnp.exp(-rise))
 
     def merge_shares(part: Shares | None) -> Shares | None:
         if part is None:
@@ -196,12 +202,12 @@ def merge(parts: Sums) -> Sums:
         target=merge_shares(target),
         smooth=merge_shares(smooth),
     )
-    return Sums(maximum, total)
+    return Sums(maximum, finite(maximum), total)
 
 
 def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:
     """The numbers of the example, and what their gradient needs; a negative index is a bad label and gives NaN."""
-    m, total = finite(sums.maximum), sums.total
+    m, total = sums.reference, sums.total
     log_sum = jnp.where(sums.maximum == -jnp.inf, jnp.nan, jnp.log(total.exp))
     entropy = log_sum - total.exp_x / total.exp
     nothing = Shares(jnp.zeros_like(m), jnp.zeros_like(m))
@@ -239,8 +245,8 @@ def partial_gradients(
     # What is left out may be NaN, which must not reach the gradient of the cap.
     x, pull = jax.vjp(cap_logits, logits if softcap is None else keep(live, logits), softcap)
     possible = x != -jnp.inf
-    p = jnp.exp(x - normalizer.maximum) * (1 / normalizer.exp)
-    surprise = jnp.where(possible, jnp.log(normalizer.exp) - (x - normalizer.maximum), 0)  # -log p
+    p = jnp.exp(x - normalizer.reference) * (1 / normalizer.exp)
+    surprise = jnp.where(possible, jnp.log(normalizer.exp) - (x - normalizer.reference), 0)  # -log p
     dx, dtarget, dweight = (jnp.zeros_like(x) for _ in range(3))
     if g.nll is not None:
         t = jnp.where(possible, target_share(target, weight, x, first_class), 0)

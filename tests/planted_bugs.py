@@ -36,6 +36,7 @@ NUMBERS, PARITY, LINEAR, ELSEWHERE = (
     "test_linear.py",
     "test_elsewhere.py",
 )
+REFERENCE, KNOWN = "_loops/accelerator.py", "test_known_reference.py"
 NUMERICS, PROMISES, PROPERTIES = "test_numerics.py", "test_promises.py", "test_properties.py"
 
 BUGS = [
@@ -70,22 +71,33 @@ BUGS = [
     Bug("mean over all examples", COMPOSE, "losses.size if live is None else live.sum()", "losses.size", PROPERTIES),
     Bug("divisor without class weights", COMPOSE, "return ExampleWeights(sample, times(sample, of_class))", "return ExampleWeights(sample, sample)", PARITY),
     Bug("mean over nothing", COMPOSE, "jnp.where(empty, 0, total / jnp.where(empty, 1, weight))", "total / weight", ELSEWHERE),
-    Bug("bad labels are clamped", CHECKS, "jnp.where(valid, labels.astype(jnp.int32), -1)", "jnp.clip(labels.astype(jnp.int32), 0, num_classes - 1)", ELSEWHERE),
+    Bug("bad labels are clamped", CHECKS, "jnp.where(valid, labels.astype(jnp.int32), jnp.where(fine, 0, -1))", "jnp.clip(labels.astype(jnp.int32), 0, num_classes - 1)", ELSEWHERE),
     Bug("ignore_index is forgotten", CHECKS, "live = kept if live is None else kept & live", "live = live", PARITY),
     # The loops.
     Bug("the rest after the last whole chunk", SHARED, "if rest or not whole:", "if not whole:", LINEAR),
     Bug("all tokens have the first one's cotangent", SHARED, "inputs.live, normalizer, cotangents\n", "inputs.live, normalizer, jax.tree.map(lambda g: jnp.broadcast_to(g[:1], g.shape), cotangents)\n", LINEAR),
     Bug("logit gradients stay in float32", SHARED, "gradients.logits.astype(matmul_dtype(inputs.hidden, inputs.kernel))", "gradients.logits", LINEAR),
-    Bug("NaN of a token left out meets a matmul", SHARED, "hidden = jnp.where(live[:, None], hidden, 0)", "hidden = 1 * hidden", LINEAR),
+    Bug("NaN of a token left out meets a matmul", SHARED, "hidden=jnp.where(inputs.live[:, None], inputs.hidden, 0)", "hidden=1 * inputs.hidden", LINEAR),
     Bug("tokens: each chunk starts its sums anew", TOKENS, "return (add(sums, shares), add(", "return (shares, add(", LINEAR),
     Bug("tokens: padded classes count", TOKENS, "lax.slice_in_dim(inputs.kernel, 0, config.num_classes, axis=axis)", "inputs.kernel", LINEAR),
     Bug("tokens: sums over chunks in 16 bits", TOKENS, "zeros(inputs.kernel, wanted.kernel, dtype)", "zeros(inputs.kernel, wanted.kernel)", LINEAR),
-    Bug("classes: a slab's classes count from 0", CLASSES, "smooth=config.smooth, first_class=start)", "smooth=config.smooth, first_class=0)", LINEAR),
+    Bug("classes: a slab's classes count from 0", CLASSES, "look(config, None, slab, Projection(config).logits(slab), start)", "look(config, None, slab, Projection(config).logits(slab), 0)", LINEAR),
     Bug("classes: gradients' classes count from 0", CLASSES, "part.normalizer, part.cotangents, start)", "part.normalizer, part.cotangents, 0)", LINEAR),
-    Bug("classes: the first slab twice", CLASSES, "look(start + size, width, room)", "look(start, width, room)", LINEAR),
+    Bug("classes: the first slab twice", CLASSES, "see(seen.sums.maximum, start + size, width, room)", "see(seen.sums.maximum, start, width, room)", LINEAR),
     Bug("classes: gradients without the cotangent", CLASSES, "(scale * part).astype(whole.dtype)", "part.astype(whole.dtype)", LINEAR),
     Bug("classes: predicted by the last slab", CLASSES, "jnp.where(ahead, b.predicted, a.predicted)", "b.predicted", LINEAR),
     Bug("room: logits of the wrong tokens", "_loops/cpu_room.py", "logits[: self.tokens]", "logits[-self.tokens :]", LINEAR),
+    # A reference that is known before the logits.
+    Bug("reference: the redo is left out", REFERENCE, "lax.cond(far, lambda: look(m, *arrays).sums.total, lambda: seen.sums.total)", "seen.sums.total", KNOWN),
+    Bug("reference: the first slab is made again for a later one", CLASSES, "slab = take_slab(config, inputs, start, size)\n    if", "slab = take_slab(config, inputs, start * (reference is None), size)\n    if", KNOWN),
+    Bug("reference: made again relative to the same number", REFERENCE, "jnp.where(far, finite(maximum), finite(reference))", "finite(reference)", KNOWN),
+    Bug("reference: one token far is none", REFERENCE, "(maximum - reference > FAR).any()", "(maximum - reference > FAR).all()", KNOWN),
+    Bug("reference: impossible classes are near", REFERENCE, "(maximum - reference > FAR)", "(maximum - finite(reference) > FAR)", KNOWN),
+    Bug("reference: merged as if it were the maximum", SOFTMAX, "rise = finite(maximum) - parts.reference", "rise = finite(maximum) - finite(parts.maximum)", KNOWN),
+    Bug("reference: the gradient forgets it", SOFTMAX, "jnp.exp(x - normalizer.reference)", "jnp.exp(x)", PARITY),
+    Bug("reference: classes first, labels count from 0", CLASSES, "smooth=config.smooth, first_class=start)", "smooth=config.smooth, first_class=0)", KNOWN),
+    Bug("a kernel as it lies isn't transposed", CLASSES, "inputs._replace(kernel=inputs.kernel.T)", "inputs._replace(kernel=inputs.kernel)", KNOWN),
+    Bug("a label that is left out is a bad one", CHECKS, "jnp.where(fine, 0, -1)", "-1", "test_transformations.py"),
     # The forms.
     Bug("few classes: no derivative", "_forms/cpu_few_classes.py", "jax.tree.map(lambda row: row.sum(0), *tangents)", "jax.tree.map(lambda row: 0 * row.sum(0), *tangents)", "test_transformations.py"),
     Bug("long rows: slabs count from 0", "_forms/cpu_long_rows.py", "first_class + jnp.arange(count, dtype=jnp.int32) * (classes // count)", "first_class + jnp.zeros(count, jnp.int32)", NUMBERS),
@@ -96,6 +108,7 @@ BUGS = [
     Bug("short rows: all examples are live", "_forms/cpu_short_rows.py", "jnp.where(live, logits.shape[0], 0)", "jnp.where(live, logits.shape[0], 1)", NUMBERS),
     Bug("recomputed: the forward pass stores", "_forms/cpu_recomputed.py", "logits.dtype.itemsize == 2 or", "False or", PROMISES),
     Bug("soft cap on a GPU: the label's logit isn't capped", "_forms/gpu_soft_cap.py", "m - cap_logits(logit, softcap), 0)", "m - logit, 0)", NUMBERS),
+    Bug("one read on a GPU: exponentials of the logits themselves", "_forms/gpu_one_read.py", "terms(x, m, target", "terms(x, 0 * m, target", NUMBERS),
     Bug("predicted shares the logits", "_forms/__init__.py", "cpu=lax.optimization_barrier,", "cpu=lambda logits: logits,", PROMISES),
 ]  # fmt: skip
 

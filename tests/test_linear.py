@@ -10,7 +10,7 @@ from jax.experimental import checkify
 from jax.extend.core import jaxprs_in_params
 
 import jaxce
-from jaxce import _linear
+from jaxce._loops import auto
 
 N, D, C = 12, 5, 17
 LOOPS = ["tokens", "classes", "auto"]
@@ -21,7 +21,7 @@ LOOPS = ["tokens", "classes", "auto"]
 def auto_keeps_logits():
     """So that "auto" is the loop over classes that keeps logits: for small kernels, and beside virtual devices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_linear, "SMALL_KERNEL", 0)
+        patch.setattr(auto, "SMALL_KERNEL", 0)
         patch.setattr(jax, "device_count", lambda: 1)
         jax.clear_caches()
         yield
@@ -326,6 +326,7 @@ def test_no_array_of_tokens_by_classes(loop, derivative, options):
     assert largest_array(jaxpr.jaxpr) < n * c / 16
 
 
+@pytest.mark.loop("a CPU")
 @pytest.mark.parametrize(
     ("loop", "wrt", "n", "matmuls"),
     [
@@ -369,11 +370,13 @@ def dots(compiled):
     return compiled.as_text().count(" dot(")
 
 
+@pytest.mark.loop("a CPU")
 def test_classes_makes_the_logits_again_in_the_backward_pass():
     # One dot for the first slab and one in the loop forward; three in the loop backward.
     assert dots(jax.jit(jax.grad(loss_of("classes", 64), (0, 1))).lower(*shapes(64, 64, 256)).compile()) == 5
 
 
+@pytest.mark.loop("a CPU")
 @pytest.mark.parametrize("loop", ["classes", "auto"])
 def test_temporary_memory(loop):
     n, d, c = 2048, 256, 32_000

@@ -61,6 +61,21 @@ def test_numbers_and_their_gradients_are_the_formulas(target):
     assert (got.target is None) == is_index(target)
 
 
+def numbers_and_gradients(sums, *arrays):
+    """What the sums of a whole row say of the example."""
+    stats, normalizer = read_stats(sums, arrays[1])
+    return stats, TEXTBOOK.gradients(*arrays, None, normalizer, cotangents())
+
+
+@TARGETS
+@pytest.mark.parametrize("reference", [-40.0, 0.0, 40.0])
+def test_numbers_and_gradients_are_the_same_relative_to_any_reference(reference, target):
+    arrays = example(target)
+    want = numbers_and_gradients(partial_sums(*arrays, smooth=True), *arrays)
+    got = numbers_and_gradients(partial_sums(*arrays, jnp.asarray(reference, F64), smooth=True), *arrays)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11), got, want)
+
+
 @TARGETS
 @pytest.mark.parametrize("cuts", [(5,), (2, 3, 7)], ids=["two parts", "a part of an impossible class alone"])
 def test_merged_parts_are_the_whole(target, cuts):
@@ -69,7 +84,9 @@ def test_merged_parts_are_the_whole(target, cuts):
     for start, end in zip((0, *cuts), (*cuts, CLASSES), strict=True):
         of_part = target if is_index(target) else target[start:end]
         part = (logits[start:end], of_part, weight[start:end], softcap)
-        parts.append(partial_sums(*part, smooth=True, first_class=start))
+        # Some of the parts relative to another number than their largest logit.
+        reference = jnp.asarray(-1.0, F64) if start % 2 else None
+        parts.append(partial_sums(*part, reference, smooth=True, first_class=start))
     merged = merge(jax.tree.map(lambda *numbers: jnp.stack(numbers), *parts))
     whole = partial_sums(logits, target, weight, softcap, smooth=True)
     assert_trees_close(read_stats(merged, target)[0], read_stats(whole, target)[0])
@@ -92,14 +109,21 @@ def test_forms_of_sums(form, first_class, smooth, target, monkeypatch):
         monkeypatch.setattr(form, "LONGEST", 6)
         monkeypatch.setattr(form, "SHORTEST_SLAB", 1)
     logits, target, weight, softcap = example(target)
-    inputs = [(logits, target, weight, softcap), (logits, target, None, None)]
+    near = jnp.asarray(4.0, F64)  # to the largest logit
+    inputs = [
+        (logits, target, weight, softcap, None),
+        (logits, target, None, None),
+        (logits, target, weight, None, near),
+    ]
     # What is for labels alone fits no probabilities.
     assert any(form.fits(*arrays) for arrays in inputs) or (form in _forms.GPU_SUMS and not is_index(target))
     for arrays in inputs:
         if form.fits(*arrays):
             want = TEXTBOOK.sums(*arrays, smooth=smooth, first_class=first_class)
             got = form.sums(TEXTBOOK.sums, *arrays, smooth=smooth, first_class=first_class)
-            numbers, exact = (read_stats(sums, target) for sums in (got, want))
+            # Of a single part, `merge` makes sums relative to its largest logit.
+            parts = (jax.tree.map(lambda number: number[None], sums) for sums in (got, want))
+            numbers, exact = (read_stats(merge(part), target) for part in parts)
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), numbers, exact)
 
 

@@ -13,12 +13,20 @@ import jax
 from jax import Array, lax
 from jax.sharding import AxisType
 
-from jaxce._forms import cpu_few_classes, cpu_long_rows, cpu_one_pass, cpu_recomputed, cpu_short_rows, gpu_soft_cap
+from jaxce._forms import (
+    cpu_few_classes,
+    cpu_long_rows,
+    cpu_one_pass,
+    cpu_recomputed,
+    cpu_short_rows,
+    gpu_one_read,
+    gpu_soft_cap,
+)
 from jaxce._softmax import TEXTBOOK, Form, Gradients, Sums
 
 # Modules, each with `fits` and the function itself. The first that fits is taken, and may go on to the next for parts.
 CPU_SUMS: Sequence[Any] = [cpu_few_classes, cpu_long_rows, cpu_one_pass]
-GPU_SUMS: Sequence[Any] = [gpu_soft_cap]
+GPU_SUMS: Sequence[Any] = [gpu_one_read, gpu_soft_cap]
 CPU_GRADIENTS: Sequence[Any] = [cpu_short_rows, cpu_recomputed]
 
 # For tests: without forms, all is as in `_softmax.py`.

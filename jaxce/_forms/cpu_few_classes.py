@@ -24,14 +24,16 @@ def sums(
     target: Target | None,
     weight: Array | None,
     softcap: Array | None,
+    _reference: Array | None = None,
     *,
     smooth: bool,
     first_class: Array | int,
 ) -> Sums:
     """`partial_sums`, one reduction for all sums but the maximum."""
     x, maximum = cap_logits(logits, softcap), lax.stop_gradient(cap_logits(logits.max(0), softcap))
-    rows = terms(x, beside(finite(maximum)), target, weight, smooth=smooth, first_class=first_class)
-    return Sums(maximum, add_up(rows))
+    m = finite(maximum)
+    rows = terms(x, beside(m), target, weight, smooth=smooth, first_class=first_class)
+    return Sums(maximum, m, add_up(rows))
 
 
 @jax.custom_jvp

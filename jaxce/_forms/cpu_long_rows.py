@@ -24,6 +24,7 @@ def sums(
     target: Target | None,
     weight: Array | None,
     softcap: Array | None,
+    _reference: Array | None = None,
     *,
     smooth: bool,
     first_class: Array | int,

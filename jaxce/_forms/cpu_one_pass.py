@@ -72,6 +72,7 @@ def sums(
     target: Target | None,
     weight: Array | None,
     softcap: Array | None,
+    _reference: Array | None = None,
     *,
     smooth: bool,
     first_class: Array | int,
@@ -101,7 +102,7 @@ def sums(
         of_target = shares(Inputs.target_share)
     # Without a cap not its own: a gradient may use the exponentials again.
     exp = total(Inputs.exp) if softcap is not None else jnp.exp(cap_logits(logits, None) - beside(m)).sum(0)
-    return Sums(maximum, Terms(exp, total(Inputs.exp_x), of_target, shares(Inputs.smooth_share) if smooth else None))
+    return Sums(maximum, m, Terms(exp, total(Inputs.exp_x), of_target, shares(Inputs.smooth_share) if smooth else None))
 
 
 def shares_of_label(logits: Array, index: Array, softcap: Array | None, m: Array) -> Shares:

@@ -9,8 +9,10 @@ from jax import Array, lax
 from jaxce._softmax import Shares, Sums, Target, beside, cap_logits, finite, is_index, target_share, terms
 
 
-def fits(logits: Array, target: Target | None, weight: Array | None, softcap: Array | None) -> bool:
-    return softcap is not None and target is not None and is_index(target)
+def fits(
+    logits: Array, target: Target | None, weight: Array | None, softcap: Array | None, reference: Array | None = None
+) -> bool:
+    return reference is None and softcap is not None and target is not None and is_index(target)
 
 
 def sums(
@@ -19,6 +21,7 @@ def sums(
     target: Target,
     weight: Array | None,
     softcap: Array,
+    _reference: Array | None = None,
     *,
     smooth: bool,
     first_class: Array | int,
@@ -32,4 +35,4 @@ def sums(
     inside = (target >= first_class) & (target < first_class + logits.shape[0])
     logit = jnp.where(label, logits, 0).sum(0)
     gap = jnp.where(inside, m - cap_logits(logit, softcap), 0)
-    return Sums(maximum, total._replace(target=Shares(gap, inside.astype(m.dtype))))
+    return Sums(maximum, m, total._replace(target=Shares(gap, inside.astype(m.dtype))))

@@ -10,6 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxce._compose import ExampleWeights, Options
 from jaxce._loops import over_classes, over_tokens
+from jaxce._loops.auto import loop as choose_loop
 from jaxce._loops.cpu_room import empty_room
 from jaxce._loops.shared import (
     Config,
@@ -23,7 +24,7 @@ from jaxce._loops.shared import (
 from jaxce._loops.shared import Loop as Loop
 from jaxce._softmax import Normalizer, Stats, cotangents_of, primal_values
 
-__all__ = ["Config", "Inputs", "Loop", "linear_stats", "matmul_dtype", "summed_loss"]
+__all__ = ["Config", "Inputs", "Loop", "choose_loop", "linear_stats", "matmul_dtype", "summed_loss"]
 
 
 def forward(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, Normalizer, Array, Array | None]:

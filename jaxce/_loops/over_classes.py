@@ -12,80 +12,87 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxce._loops.accelerator import first_reference, read_once
+from jaxce._loops.auto import classes_at_a_time
 from jaxce._loops.cpu_room import room_of
 from jaxce._loops.shared import (
     Config,
     Inputs,
     PerToken,
     Projection,
+    Seen,
     Summed,
     Wanted,
     add,
+    empty,
     gradient_shares,
-    power_of_two,
+    look,
     scan_chunks,
     take_chunk,
+    take_slab,
     take_tokens,
+    without_left_out,
     zeros,
 )
-from jaxce._softmax import Cotangents, Normalizer, Stats, Sums, is_index, keep, merge, read_stats
+from jaxce._softmax import Cotangents, Normalizer, Stats, is_index, keep, merge, read_stats
+
+# There, the sums over a slab are a part of its matmul; a GPU would have to ask its host whether to redo each slab.
+ON_TPU = ("tpu",)
 
 
 def chunk_size(config: Config, inputs: Inputs) -> int:
-    """How many classes a slab has: the number asked for, or a power of two."""
-    if config.chunk_size is not None:
-        return config.chunk_size
-    # A slab's logits are at most 8 million entries. Few tokens need wider slabs to be worth a step of the loop.
-    tokens = inputs.hidden.shape[0]
-    return min(2048 if tokens <= 1024 else 1024, max(256, power_of_two(2**23 // max(tokens, 1))))
-
-
-def take_slab(config: Config, inputs: Inputs, start: Array | int, size: int) -> Inputs:
-    """The inputs as they concern the classes from `start`."""
-
-    def take(array: Array | None, axis: int = 0) -> Any:
-        return None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
-
-    return inputs._replace(
-        kernel=take(inputs.kernel, Projection(config).class_axis),
-        bias=take(inputs.bias),
-        targets=inputs.targets if is_index(inputs.targets) else take(inputs.targets, 1),
-        class_weight=take(inputs.class_weight),
-    )
-
-
-class Seen(NamedTuple):
-    """What the forward pass knows of the classes so far."""
-
-    sums: Sums
-    predicted: Array  # the class of the largest logit
+    """How many classes a slab has."""
+    return config.chunk_size or classes_at_a_time(config.platform, inputs)
 
 
 def forward(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, Normalizer, Array, Array | None]:
     """The numbers of every token, what their gradients need, the class of its largest logit; and the room, filled."""
 
-    def look(start: Array | int, size: int, room: Array | None) -> tuple[Seen, Array | None]:
-        slab = take_slab(config, inputs, start, size)
+    config, inputs = as_it_lies(config, inputs) if room is None else (config, inputs)
+
+    def see(reference: Array, start: Array | int, width: int, room: Array | None) -> tuple[Seen, Array | None]:
+        if room is None:
+            look_at = partial(look_at_slab, config, width)
+            return read_once(ON_TPU, look_at, reference, inputs, jnp.asarray(start, jnp.int32)), None
+        slab = take_slab(config, inputs, start, width)
         logits = Projection(config).logits(slab)
-        one = partial(config.form.sums, smooth=config.smooth, first_class=start)
-        sums = jax.vmap(one, (0, 0, None, None))(logits, slab.targets, slab.class_weight, slab.softcap)
-        if room is not None:
-            room = room_of(config, inputs).keep(room, logits, start)
-        return Seen(sums, start + jnp.argmax(logits, -1).astype(jnp.int32)), room
+        return look(config, None, slab, logits, start), room_of(config, inputs).keep(room, logits, start)
 
     def step(carry: tuple[Seen, Array | None], start: Array | int, width: int) -> tuple[Any, None]:
         seen, room = carry
-        more, room = look(start + size, width, room)
+        more, room = see(seen.sums.maximum, start + size, width, room)
         return (merge_seen(seen, more), room), None
 
     # The first slab starts the sums, so that merging has no empty sums to know of.
     size = min(chunk_size(config, inputs), config.num_classes)
-    carry = look(0, size, room)
+    carry = see(first_reference(config, inputs, size), 0, size, room)
     if config.num_classes > size:
         carry, _ = scan_chunks(step, carry, config.num_classes - size, size)
     (sums, predicted), room = carry
     stats, normalizer = jax.vmap(read_stats)(sums, inputs.targets)
     return keep(inputs.live, stats), normalizer, predicted, room
+
+
+def as_it_lies(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:
+    """The kernel with that axis last which a TPU puts last: a `cond` would make a copy of it to have it otherwise."""
+    rows, columns = inputs.kernel.shape
+    if config.platform != "tpu" or columns % 128 == 0 or rows % 128 != 0:
+        return config, inputs
+    return config._replace(transpose_kernel=not config.transpose_kernel), inputs._replace(kernel=inputs.kernel.T)
+
+
+def look_at_slab(config: Config, size: int, reference: Array | None, inputs: Inputs, start: Array) -> Seen:
+    """What the classes from `start` show."""
+    # Cut where it is multiplied, or a TPU would make a copy of it in case it is needed again.
+    slab = take_slab(config, inputs, start, size)
+    if reference is None:
+        return look(config, None, slab, Projection(config).logits(slab), start)
+    # With the classes first, which a TPU adds up as fast as it multiplies.
+    logits = Projection(config).logits_of_classes(slab)
+    targets = slab.targets if is_index(slab.targets) else slab.targets.T
+    weight = None if slab.class_weight is None else slab.class_weight[:, None]
+    sums = config.form.sums(logits, targets, weight, slab.softcap, reference, smooth=config.smooth, first_class=start)
+    return Seen(sums, start + jnp.argmax(logits, 0).astype(jnp.int32))
 
 
 def merge_seen(a: Seen, b: Seen) -> Seen:
@@ -129,11 +136,16 @@ def backward(
     """
     dtype = normalizer.exp.dtype
     kept = 0 if room is None else room_of(config, inputs).tokens
-    parts = split_tokens(inputs, normalizer, cotangents, kept)
+    # A TPU makes these zeros as it multiplies; elsewhere that would be a copy of the hidden states for every slab.
+    at_each_slab = config.platform == "tpu"
+    parts = split_tokens(inputs if at_each_slab else without_left_out(inputs), normalizer, cotangents, kept)
 
     def step(carry: tuple[Summed, list[PerToken]], start: Array | int, size: int) -> tuple[Any, None]:
         sums, per_token = carry
-        slabs = [take_slab(config, part.inputs, start, size) for part in parts]
+        slabs = [
+            take_slab(config, without_left_out(part.inputs) if at_each_slab else part.inputs, start, size)
+            for part in parts
+        ]
         logits = [Projection(config).logits(slab) for slab in slabs]
         if sums.kernel is not None and kept:
             logits[0] = room_of(config, inputs).logits(sums.kernel, start, size)
@@ -148,14 +160,16 @@ def backward(
         ]
         return (sums, per_token), None
 
+    # What every slab writes a part of needs no zeros to start from; padding of the kernel stays 0.
+    padded = inputs.kernel.shape[Projection(config).class_axis] > config.num_classes
     sums = Summed(
-        zeros(inputs.kernel, wanted.kernel) if room is None else room,
+        (zeros if padded else empty)(inputs.kernel, wanted.kernel) if room is None else room,
         zeros(inputs.bias, wanted.bias),
         zeros(inputs.class_weight, wanted.class_weight),
         zeros(inputs.softcap, wanted.softcap, dtype),
     )
     per_token = [
-        PerToken(zeros(inputs.hidden, wanted.hidden, dtype), zeros(inputs.targets, wanted.targets))
+        PerToken(zeros(inputs.hidden, wanted.hidden, dtype), empty(inputs.targets, wanted.targets))
         for inputs, *_ in parts
     ]
     (sums, per_token), _ = scan_chunks(step, (sums, per_token), config.num_classes, chunk_size(config, inputs))

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce._compose import ExampleWeights, Options
+from jaxce._loops.accelerator import first_reference, read_once
+from jaxce._loops.auto import tokens_at_a_time
 from jaxce._loops.shared import (
     Config,
     Inputs,
@@ -22,26 +24,23 @@ from jaxce._loops.shared import (
     add,
     compose_gradients,
     gradient_shares,
+    look,
     matmul_dtype,
-    power_of_two,
     scan_chunks,
     take_chunk,
     take_tokens,
+    without_left_out,
     zeros,
 )
 from jaxce._softmax import Cotangents, Normalizer, Stats, compute_dtype, keep, read_stats
 
+# There, it saves a pass over the logits of a chunk; a TPU would make a copy of them in case they are needed again.
+ON_GPU = ("cuda", "rocm")
+
 
 def chunk_size(config: Config, inputs: Inputs) -> int:
-    """How many tokens a chunk has: the number asked for, or a power of two."""
-    if config.chunk_size is not None:
-        return config.chunk_size
-    # Each chunk reads and writes the float32 gradient of the kernel, which takes about as long as the matmuls of a few
-    # hundred tokens; so a chunk may take as much memory as that gradient, and a quarter more. And at least a million
-    # logits, below which the steps of the loop cost more than what they do.
-    features = inputs.hidden.shape[1]
-    itemsize = matmul_dtype(inputs.hidden, inputs.kernel).itemsize
-    return max(128, power_of_two(5 * features // (4 + itemsize)), power_of_two(2**20 // config.num_classes))
+    """How many tokens a chunk has."""
+    return config.chunk_size or tokens_at_a_time(config.platform, inputs, config.num_classes)
 
 
 def forward(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Array]:
@@ -64,7 +63,7 @@ def backward(
     inputs = cut_padding(config, inputs)
 
     def step(sums: Summed, start: Array | int, size: int) -> tuple[Summed, PerToken]:
-        part = take_chunk(inputs, start, size)
+        part = without_left_out(take_chunk(inputs, start, size))
         logits = Projection(config).logits(part)
         numbers = take_tokens((normalizer, cotangents), start, size)
         shares, per_token = gradient_shares(config, wanted, part, logits, *numbers)
@@ -83,7 +82,8 @@ def loss_and_gradients(
 
     def step(carry: tuple[Summed, Options], start: Array | int, size: int) -> tuple[Any, Any]:
         sums, option_sums = carry
-        part, part_weights = take_chunk(inputs, start, size), take_tokens(weights, start, size)
+        part = without_left_out(take_chunk(inputs, start, size))
+        part_weights = take_tokens(weights, start, size)
         logits = Projection(config).logits(part)
         stats, normalizer, predicted = forward_chunk(config, part, logits)
         loss, cotangents, of_weights, of_options = compose_gradients(config, stats, part_weights, options)
@@ -98,11 +98,10 @@ def loss_and_gradients(
 
 def forward_chunk(config: Config, inputs: Inputs, logits: Array) -> tuple[Stats, Normalizer, Array]:
     """`forward` of the tokens of `inputs`."""
-    sums = jax.vmap(partial(config.form.sums, smooth=config.smooth), (0, 0, None, None))(
-        logits, inputs.targets, inputs.class_weight, inputs.softcap
-    )
+    reference = first_reference(config, inputs, config.num_classes)
+    sums, predicted = read_once(ON_GPU, partial(look, config), reference, inputs, logits, 0)
     stats, normalizer = jax.vmap(read_stats)(sums, inputs.targets)
-    return keep(inputs.live, stats), normalizer, jnp.argmax(logits, -1).astype(jnp.int32)
+    return keep(inputs.live, stats), normalizer, predicted
 
 
 def zero_sums(inputs: Inputs, wanted: Wanted) -> Summed:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce._compose import ExampleWeights, Options, example_losses
-from jaxce._softmax import Cotangents, Form, Normalizer, Stats, Tree, compute_dtype
+from jaxce._mesh import vary_alike
+from jaxce._softmax import Cotangents, Form, Normalizer, Stats, Sums, Tree, compute_dtype, is_index
 
 Loop: TypeAlias = Literal["tokens", "classes"]
 
@@ -22,6 +23,7 @@ Loop: TypeAlias = Literal["tokens", "classes"]
 class Config(NamedTuple):
     """What is known when the function is traced."""
 
+    platform: str  # "cpu", "gpu" or "tpu", as far as is known
     loop: Loop
     either_loop: bool  # the other loop may be taken where fewer gradients are wanted
     keeps_logits: bool  # the loop over classes keeps some of them for the backward pass, see `cpu_room.py`
@@ -75,6 +77,11 @@ class Projection(NamedTuple):
         logits = self._dot(inputs.hidden, 1, inputs.kernel, 1 - self.class_axis)
         return logits if inputs.bias is None else logits + inputs.bias.astype(logits.dtype)
 
+    def logits_of_classes(self, inputs: Inputs) -> Array:
+        """The logits with the classes first, (C, N)."""
+        logits = self._dot(inputs.kernel, 1 - self.class_axis, inputs.hidden, 1)
+        return logits if inputs.bias is None else logits + inputs.bias.astype(logits.dtype)[:, None]
+
     def hidden_gradient(self, dlogits: Array, kernel: Array) -> Array:
         return self._dot(dlogits, 1, kernel, self.class_axis)
 
@@ -107,21 +114,51 @@ def scan_chunks(
     return carry, outs
 
 
-def power_of_two(bound: int) -> int:
-    """The largest power of two that is at most `bound`, or 1. It divides most numbers: there is seldom a rest."""
-    return 1 << max(bound.bit_length() - 1, 0)
-
-
 def take_tokens(tree: Any, start: Array | int, size: int) -> Any:
     return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), tree)
 
 
 def take_chunk(inputs: Inputs, start: Array | int, size: int) -> Inputs:
-    """The inputs as they concern the tokens from `start`; of those left out zeros, so that no NaN meets a matmul."""
+    """The inputs as they concern the tokens from `start`."""
     hidden, targets, live = take_tokens((inputs.hidden, inputs.targets, inputs.live), start, size)
-    if live is not None:
-        hidden = jnp.where(live[:, None], hidden, 0)
     return inputs._replace(hidden=hidden, targets=targets, live=live)
+
+
+def without_left_out(inputs: Inputs) -> Inputs:
+    """The inputs with zeros for hidden states of tokens left out: their logits have no gradient, but NaN·0 is NaN."""
+    if inputs.live is None:
+        return inputs
+    return inputs._replace(hidden=jnp.where(inputs.live[:, None], inputs.hidden, 0))
+
+
+def take_slab(config: Config, inputs: Inputs, start: Array | int, size: int) -> Inputs:
+    """The inputs as they concern the classes from `start`."""
+
+    def take(array: Array | None, axis: int = 0) -> Any:
+        return None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
+
+    return inputs._replace(
+        kernel=take(inputs.kernel, Projection(config).class_axis),
+        bias=take(inputs.bias),
+        targets=inputs.targets if is_index(inputs.targets) else take(inputs.targets, 1),
+        class_weight=take(inputs.class_weight),
+    )
+
+
+class Seen(NamedTuple):
+    """What the forward pass knows of some of the classes."""
+
+    sums: Sums
+    predicted: Array  # the class of the largest logit
+
+
+def look(config: Config, reference: Array | None, inputs: Inputs, logits: Array, first_class: Array | int) -> Seen:
+    """What (N, C) logits show, relative to a number for each token, or to its largest logit."""
+    sums = jax.vmap(
+        partial(config.form.sums, smooth=config.smooth, first_class=first_class),
+        (0, 0, None, None, None if reference is None else 0),
+    )(logits, inputs.targets, inputs.class_weight, inputs.softcap, reference)
+    return Seen(sums, first_class + jnp.argmax(logits, -1).astype(jnp.int32))
 
 
 @jax.tree_util.register_static
@@ -163,6 +200,13 @@ def zeros(like: Array | None, want: bool, dtype: jnp.dtype | None = None) -> Arr
     return jnp.zeros_like(like, dtype) if want and like is not None else None
 
 
+def empty(like: Array | None, want: bool) -> Array | None:
+    """What will be written whole; to fill it with zeros takes a TPU as long as a matmul of a few hundred tokens."""
+    if not want or like is None:
+        return None
+    return vary_alike((lax.empty(like.shape, like.dtype), like))[0]
+
+
 def add(a: Tree, b: Tree) -> Tree:
     return jax.tree.map(jnp.add, a, b)
 
@@ -181,8 +225,8 @@ def gradient_shares(
     gradients: Any = jax.vmap(partial(config.form.gradients, first_class=first_class), (0, 0, None, None, 0, 0, 0))(
         logits, inputs.targets, *per_class, inputs.live, normalizer, cotangents
     )
-    # In the inputs' dtype, so that the backward matmuls are too.
-    narrow = gradients.logits.astype(matmul_dtype(inputs.hidden, inputs.kernel))
+    # In the inputs' dtype, so that the backward matmuls are too; and stored, or each of them would make it for itself.
+    narrow = lax.optimization_barrier(gradients.logits.astype(matmul_dtype(inputs.hidden, inputs.kernel)))
     project = Projection(config)
     summed = Summed(
         kernel=project.kernel_gradient(inputs.hidden, narrow) if wanted.kernel else None,

@@ -1,0 +1,57 @@
+"""Sums over logits that a GPU or TPU reads once: relative to a number that is known before the logits are.
+
+XLA then makes the maximum, the exponentials, their sum and the label's logit in one pass. On a TPU that pass is a part
+of the matmul, so that the loop over classes stores no logits in its forward pass. With the maximum itself as the
+reference there are two passes.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxce import _forms
+from jaxce._loops.shared import Config, Inputs, Projection, Seen, take_slab
+from jaxce._softmax import Sums, cap_logits, finite
+
+# Where a logit is so far above the reference, the sums are made again. Up to there the exponentials of any number of
+# classes, and what the entropy sums, stay in the range of float32.
+FAR = 64.0
+# The largest logit of so many classes is the first reference.
+FIRST_CLASSES = 128
+
+# For tests: on a CPU too.
+everywhere = False
+
+
+def first_reference(config: Config, inputs: Inputs, classes: int) -> Array:
+    """For each token the largest logit of the first few of so many classes; -inf where none of them can happen."""
+    few = take_slab(config, inputs, 0, min(FIRST_CLASSES, classes))
+    return lax.stop_gradient(cap_logits(Projection(config).logits(few).max(1), inputs.softcap))
+
+
+def read_once(platforms: Sequence[str], look: Callable[..., Seen], reference: Array, *arrays: Any) -> Seen:
+    """`look(m, *arrays)`, where m is near `reference` on these platforms, and None, for the maximum, on others."""
+    if everywhere:
+        return near(look, reference, *arrays)
+    if not _forms.enabled:
+        return look(None, *arrays)
+    return lax.platform_dependent(
+        reference,
+        *arrays,
+        **dict.fromkeys(platforms, partial(near, look)),
+        default=lambda _, *arrays: look(None, *arrays),
+    )
+
+
+def near(look: Callable[..., Seen], reference: Array, *arrays: Any) -> Seen:
+    """What `look` shows relative to `reference`; or to the maxima it found, if one of them is far above it."""
+    seen = look(finite(reference), *arrays)
+    maximum = seen.sums.maximum
+    # Infinitely far where `reference` is of impossible classes alone. NaN isn't far: it stays NaN either way.
+    far = (maximum - reference > FAR).any()
+    m = jnp.where(far, finite(maximum), finite(reference))
+    total = lax.cond(far, lambda: look(m, *arrays).sums.total, lambda: seen.sums.total)
+    return seen._replace(sums=Sums(maximum, m, total))

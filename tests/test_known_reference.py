@@ -1,0 +1,228 @@
+"""The loops of a GPU and a TPU, tried out on a CPU: sums relative to a number that is known before the logits are."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_trees_close, indices, normal
+
+import jaxce
+from jaxce import _forms, _linear
+from jaxce._loops import accelerator
+from jaxce._loops.shared import Seen
+from jaxce._softmax import partial_sums
+
+N, D, C = 12, 5, 40
+LABELS = indices((N,), C, 3).at[4].set(-100)
+LOOPS = pytest.mark.parametrize("loop", ["tokens", "classes"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_on_tpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerator, "everywhere", True)
+        patch.setattr(accelerator, "FIRST_CLASSES", 4)
+        patch.setattr(_forms, "enabled", False)
+        patch.setattr(_linear, "platform_of", lambda arrays: "tpu")
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
+def problem(bias=0.0, scale=0.5, dtype=np.float64):
+    """The bias makes some classes far likelier than others; -inf rules a class out."""
+    return {
+        "hidden": normal((N, D), 0, dtype),
+        "kernel": (normal((D, C), 1, dtype) * scale).astype(dtype),
+        "bias": jnp.broadcast_to(jnp.asarray(bias, dtype), (C,)),
+    }
+
+
+def dense(hidden, kernel, labels, *, bias, **options):
+    return jaxce.reference.cross_entropy(hidden @ kernel + bias, labels, **options)
+
+
+def loss(loop, **options):
+    return partial(jaxce.linear_cross_entropy, strategy=loop, chunk_size=7, precision="highest", **options)
+
+
+def value_and_grads(loss, arrays, labels=LABELS):
+    return jax.value_and_grad(lambda arrays: loss(**arrays, labels=labels))(arrays)
+
+
+LAST, FIRST = np.arange(C) == C - 1, np.arange(C) < 15
+BIASES = {
+    "a hot class in the last slab": np.where(LAST, 1e4, 0.0),
+    "each slab above the one before": 100.0 * (np.arange(C) // 7),
+    "each slab below the one before": -100.0 * (np.arange(C) // 7),
+    "first slabs impossible": np.where(FIRST, -np.inf, 0.0),
+    "first slabs impossible, the others small": np.where(FIRST, -np.inf, -500.0),
+    "first classes impossible, the others small": np.where(np.arange(C) < 4, -np.inf, -500.0),
+    "last slab impossible": np.where(np.arange(C) >= 35, -np.inf, 0.0),
+    "all classes but one impossible": np.where(LAST, 0.0, -np.inf),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The losses and their gradients, compiled once for all of the biases."""
+    options = {"label_smoothing": 0.1, "z_loss": 0.01}
+    losses = {loop: loss(loop, **options) for loop in ("tokens", "classes")} | {"dense": partial(dense, **options)}
+    return {name: jax.jit(partial(value_and_grads, loss)) for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+@LOOPS
+def test_a_far_reference_changes_nothing(loop, bias, compiled, x64):
+    arrays = problem(bias)
+    # The label is a class that can happen.
+    labels = jnp.where(jnp.isinf(arrays["bias"][LABELS]) & (LABELS != -100), int(np.argmax(bias)), LABELS)
+    assert_trees_close(compiled[loop](arrays, labels), compiled["dense"](arrays, labels), 1e-10)
+
+
+@LOOPS
+def test_stats_relative_to_a_far_reference(loop, x64):
+    arrays = problem(BIASES["each slab above the one before"])
+    _, got = loss(loop, return_stats=True)(**arrays, labels=LABELS)
+    logits = arrays["hidden"] @ arrays["kernel"] + arrays["bias"]
+    _, want = jaxce.cross_entropy(logits, LABELS, return_stats=True)
+    for name in ("nll", "log_z", "entropy"):
+        assert_close(getattr(got, name), getattr(want, name), 1e-11)
+    assert got.predicted[LABELS != -100].tolist() == want.predicted[LABELS != -100].tolist()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kernels_that_a_tpu_lays_out_the_other_way(transposed, x64):
+    """Their last axis isn't a multiple of 128, the other one is."""
+    features, classes = (6, 128) if transposed else (128, 40)
+    kernel = normal((128, 6) if transposed else (128, 40), 1, np.float64)
+    arrays, labels = {"hidden": normal((N, features), 0, np.float64), "kernel": kernel}, indices((N,), classes, 3)
+
+    def of_logits(hidden, kernel, labels):
+        return jaxce.reference.cross_entropy(hidden @ (kernel.T if transposed else kernel), labels)
+
+    got = value_and_grads(loss("classes", transpose_kernel=transposed), arrays, labels)
+    assert_trees_close(got, value_and_grads(of_logits, arrays, labels), 1e-10)
+
+
+@LOOPS
+def test_one_column_300_times_the_others_in_16_bits(loop):
+    arrays = problem(dtype=np.float32)
+    arrays = jax.tree.map(lambda a: a.astype(jnp.float16), arrays | {"kernel": arrays["kernel"].at[:, -3].mul(300)})
+    got = value_and_grads(loss(loop), arrays)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), arrays)
+    value, gradients = value_and_grads(dense, exact)
+    assert_close(got[0], value, 1e-5)
+    assert_trees_close(jax.tree.map(lambda g: g.astype(jnp.float32), got[1]), gradients, 3e-3)
+
+
+@LOOPS
+def test_nan_stays_where_it_is(loop):
+    arrays = problem(dtype=np.float32)
+    arrays["hidden"] = arrays["hidden"].at[2].set(jnp.nan).at[4].set(jnp.inf)
+    arrays["bias"] = arrays["bias"].at[20].set(1e4)
+    losses = loss(loop, reduction="none")(**arrays, labels=LABELS)
+    assert jnp.isnan(losses).tolist() == [i == 2 for i in range(N)]
+    impossible = loss(loop)(**{**arrays, "bias": jnp.full(C, -jnp.inf)}, labels=LABELS)
+    assert jnp.isnan(impossible)
+
+
+@LOOPS
+def test_vmap_where_one_of_the_models_is_far(loop, x64):
+    biases = jnp.stack([jnp.zeros(C), jnp.asarray(BIASES["a hot class in the last slab"]), jnp.zeros(C)])
+    arrays = problem()
+    grads = jax.vmap(lambda bias: value_and_grads(loss(loop), arrays | {"bias": bias}))(biases)
+    want = [value_and_grads(dense, arrays | {"bias": bias}) for bias in biases]
+    assert_trees_close(grads, jax.tree.map(lambda *a: jnp.stack(a), *want), 1e-10)
+
+
+@LOOPS
+def test_second_derivatives_relative_to_a_far_reference(loop, x64):
+    arrays = problem(BIASES["each slab above the one before"] / 50)
+    direction = jax.tree.map(lambda a: normal(a.shape, 9, np.float64), arrays)
+
+    def product(loss):
+        return jax.jvp(jax.grad(lambda a: loss(**a, labels=LABELS)), (arrays,), (direction,))[1]
+
+    assert_trees_close(product(loss(loop)), product(dense), 1e-9)
+    twice = jax.grad(
+        lambda a: sum((g**2).sum() for g in jax.tree.leaves(jax.grad(lambda a: loss(loop)(**a, labels=LABELS))(a)))
+    )
+    want = jax.grad(
+        lambda a: sum((g**2).sum() for g in jax.tree.leaves(jax.grad(lambda a: dense(**a, labels=LABELS))(a)))
+    )
+    assert_trees_close(twice(arrays), want(arrays), 1e-9)
+
+
+def test_sums_are_made_again_only_where_the_reference_was_far(x64):
+    logits, labels = normal((3, C), 0, np.float64), jnp.arange(3, dtype=jnp.int32)
+
+    def look(reference, logits):
+        sums = jax.vmap(lambda *row: partial_sums(row[0], row[1], None, None, row[2], smooth=False))
+        return Seen(sums(logits, labels, reference), jnp.argmax(logits, -1))
+
+    reference = logits.max(1) - jnp.array([0.0, 5.0, accelerator.FAR - 1])
+    assert jnp.array_equal(accelerator.near(look, reference, logits).sums.reference, reference)
+    reference = reference.at[1].set(-accelerator.FAR)
+    again = accelerator.near(look, reference, logits).sums
+    assert jnp.array_equal(again.reference, logits.max(1))
+    assert_trees_close(again.total, look(logits.max(1), logits).sums.total)
+    assert jnp.array_equal(accelerator.near(look, jnp.full(3, -jnp.inf), logits).sums.reference, logits.max(1))
+
+
+@pytest.mark.parametrize("scale", [1, 30, 1e4])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@LOOPS
+def test_error_in_16_bits_beside_that_of_dense(loop, dtype, scale):
+    """Against float64, beside the dense loss with float32 logits and float32 gradients of them."""
+    n, d, c = 256, 16, 96
+    arrays = normal((n, d), 0).astype(dtype), (normal((d, c), 1) / 4 * scale).astype(dtype)
+    labels = indices((n,), c)
+
+    def plain(hidden, kernel):
+        return jaxce.reference.cross_entropy(jnp.dot(hidden, kernel, preferred_element_type=jnp.float32), labels)
+
+    def fused(hidden, kernel):
+        return jaxce.linear_cross_entropy(hidden, kernel, labels, strategy=loop, chunk_size=8)
+
+    with jax.enable_x64(True):
+        exact = tuple(a.astype(jnp.float64) for a in arrays)
+        want = jax.value_and_grad(lambda h, w: jaxce.reference.cross_entropy(h @ w, labels), (0, 1))(*exact)
+
+    def errors(loss):
+        (value, grads), (true, true_grads) = jax.value_and_grad(loss, (0, 1))(*arrays), want
+        yield abs(float(value) - float(true)) / float(true)
+        for gradient, true in zip(grads, true_grads, strict=True):
+            exact = np.asarray(true)
+            yield np.linalg.norm(np.asarray(gradient, np.float64) - exact) / np.linalg.norm(exact)
+
+    # Logits that are made twice, in an order of additions each, differ by the rounding of float32.
+    rounding = float(jnp.finfo(jnp.float32).eps) * float(
+        jnp.abs(arrays[0].astype(jnp.float32) @ arrays[1].astype(jnp.float32)).max()
+    )
+    # The gradients of the logits are rounded to 16 bits before the matmuls: a quarter more was seen.
+    for ours, theirs in zip(errors(fused), errors(plain), strict=True):
+        assert ours <= 1.3 * theirs + rounding
+
+
+@pytest.mark.parametrize("loop", ["tokens", "classes"])
+def test_each_platform_carries_its_own_loop(loop, monkeypatch):
+    monkeypatch.setattr(accelerator, "everywhere", False)
+    monkeypatch.setattr(_forms, "enabled", True)
+    jax.clear_caches()
+    arrays = problem(BIASES["a hot class in the last slab"], dtype=np.float32)
+    gradient = jax.jit(jax.value_and_grad(lambda a: loss(loop)(**a, labels=LABELS)))
+
+    def conditionals(platform):
+        text = jax.export.export(gradient, platforms=[platform])(arrays).mlir_module()
+        return text.count("stablehlo.case")
+
+    # Each slab or chunk asks whether its reference was far.
+    assert "conditional(" not in gradient.lower(arrays).compile().as_text()
+    assert (conditionals("tpu") > conditionals("cpu")) == (loop == "classes")
+    assert (conditionals("cuda") > conditionals("cpu")) == (loop == "tokens")
+    everywhere = jax.export.export(gradient, platforms=["cpu", "cuda", "rocm", "tpu"])(arrays)
+    got = jax.export.deserialize(everywhere.serialize()).call(arrays)
+    assert_trees_close(got, value_and_grads(dense, arrays), 1e-5)
