@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_trees_close, indices, normal
+from helpers import assert_close, assert_trees_close, distributions, indices, normal, positive
 
 import jaxce
 from jaxce import _forms, _linear
-from jaxce._loops import accelerator
+from jaxce._loops import accelerator, over_classes
 from jaxce._loops.shared import Seen
 from jaxce._softmax import partial_sums
 
@@ -91,6 +91,25 @@ def test_stats_relative_to_a_far_reference(loop, x64):
     for name in ("nll", "log_z", "entropy"):
         assert_close(getattr(got, name), getattr(want, name), 1e-11)
     assert got.predicted[LABELS != -100].tolist() == want.predicted[LABELS != -100].tolist()
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_blocks_of_tokens_beside_a_slab(reduction, probabilities, monkeypatch, x64):
+    """Blocks of 5 tokens, and a rest of 2."""
+    monkeypatch.setattr(over_classes, "tokens_beside_a_slab", lambda platform, tokens: 5)
+    arrays = problem() | {"weight": positive((C,), 5, np.float64)}
+    labels = distributions((N, C), dtype=np.float64) if probabilities else LABELS
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+
+    def weighted(loss):
+        return lambda labels, **arrays: (positive((N,), 7, np.float64) * loss(**arrays, labels=labels)).sum()
+
+    ours, theirs = (weighted(f) for f in (loss("classes", **options), partial(dense, **options)))
+    assert_trees_close(value_and_grads(ours, arrays, labels), value_and_grads(theirs, arrays, labels), 1e-10)
+    if probabilities:
+        of_labels = (jax.grad(lambda labels, f=f: f(labels, **arrays))(labels) for f in (ours, theirs))
+        assert_close(*of_labels, 1e-10)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -55,3 +55,20 @@ def near(look: Callable[..., Seen], reference: Array, *arrays: Any) -> Seen:
     m = jnp.where(far, finite(maximum), finite(reference))
     total = lax.cond(far, lambda: look(m, *arrays).sums.total, lambda: seen.sums.total)
     return seen._replace(sums=Sums(maximum, m, total))
+
+
+def look_classes_first(config: Config, reference: Array, slab: Inputs, start: Array) -> Seen:
+    """`look` at the logits of a slab and of indices, with the classes first: a TPU adds those up as it multiplies."""
+    logits = Projection(config).logits_of_classes(slab)
+    weight = None if slab.class_weight is None else slab.class_weight[:, None]
+    arrays = (logits, slab.targets, weight, slab.softcap, reference)
+    sums = config.form.sums(*arrays, smooth=config.smooth, first_class=start)
+    return Seen(sums, start + jnp.argmax(logits, 0).astype(jnp.int32))
+
+
+def as_it_lies(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:
+    """The kernel with that axis last which a TPU puts last: a `cond` would make a copy of it to have it otherwise."""
+    rows, columns = inputs.kernel.shape
+    if config.platform != "tpu" or columns % 128 == 0 or rows % 128 != 0:
+        return config, inputs
+    return config._replace(transpose_kernel=not config.transpose_kernel), inputs._replace(kernel=inputs.kernel.T)

@@ -50,6 +50,12 @@ def classes_at_a_time(platform: str, inputs: Inputs) -> int:
     return max(1024, bounded)
 
 
+def tokens_beside_a_slab(platform: str, tokens: int) -> int:
+    """How many of the tokens the backward pass of a slab of classes works on at a time."""
+    # All, as long as a TPU's compiler keeps the gradient of their logits on the chip.
+    return 8192 if platform == "tpu" and tokens > 32_768 else max(tokens, 1)
+
+
 def power_of_two(bound: int) -> int:
     """The largest power of two that is at most `bound`, or 1."""
     return 1 << max(bound.bit_length() - 1, 0)

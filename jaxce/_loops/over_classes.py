@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce._loops.accelerator import first_reference, read_once
-from jaxce._loops.auto import classes_at_a_time
+from jaxce._loops.accelerator import as_it_lies, first_reference, look_classes_first, read_once
+from jaxce._loops.auto import classes_at_a_time, tokens_beside_a_slab
 from jaxce._loops.cpu_room import room_of
 from jaxce._loops.shared import (
     Config,
@@ -47,16 +47,18 @@ def chunk_size(config: Config, inputs: Inputs) -> int:
 
 def forward(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, Normalizer, Array, Array | None]:
     """The numbers of every token, what their gradients need, the class of its largest logit; and the room, filled."""
-
-    config, inputs = as_it_lies(config, inputs) if room is None else (config, inputs)
+    config, inputs = as_it_lies(config, inputs)
 
     def see(reference: Array, start: Array | int, width: int, room: Array | None) -> tuple[Seen, Array | None]:
-        if room is None:
-            look_at = partial(look_at_slab, config, width)
-            return read_once(ON_TPU, look_at, reference, inputs, jnp.asarray(start, jnp.int32)), None
-        slab = take_slab(config, inputs, start, width)
-        logits = Projection(config).logits(slab)
-        return look(config, None, slab, logits, start), room_of(config, inputs).keep(room, logits, start)
+        if room is not None:
+            slab = take_slab(config, inputs, start, width)
+            logits = Projection(config).logits(slab)
+            return look(config, None, slab, logits, start), room_of(config, inputs).keep(room, logits, start)
+        look_at, start = partial(look_at_slab, config, width), jnp.asarray(start, jnp.int32)
+        if is_index(inputs.targets):
+            return read_once(ON_TPU, look_at, reference, inputs, start), None
+        # Of class probabilities a TPU would make a copy in case a slab is needed again.
+        return look_at(None, inputs, start), None
 
     def step(carry: tuple[Seen, Array | None], start: Array | int, width: int) -> tuple[Any, None]:
         seen, room = carry
@@ -73,26 +75,13 @@ def forward(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, 
     return keep(inputs.live, stats), normalizer, predicted, room
 
 
-def as_it_lies(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:
-    """The kernel with that axis last which a TPU puts last: a `cond` would make a copy of it to have it otherwise."""
-    rows, columns = inputs.kernel.shape
-    if config.platform != "tpu" or columns % 128 == 0 or rows % 128 != 0:
-        return config, inputs
-    return config._replace(transpose_kernel=not config.transpose_kernel), inputs._replace(kernel=inputs.kernel.T)
-
-
 def look_at_slab(config: Config, size: int, reference: Array | None, inputs: Inputs, start: Array) -> Seen:
     """What the classes from `start` show."""
     # Cut where it is multiplied, or a TPU would make a copy of it in case it is needed again.
     slab = take_slab(config, inputs, start, size)
     if reference is None:
         return look(config, None, slab, Projection(config).logits(slab), start)
-    # With the classes first, which a TPU adds up as fast as it multiplies.
-    logits = Projection(config).logits_of_classes(slab)
-    targets = slab.targets if is_index(slab.targets) else slab.targets.T
-    weight = None if slab.class_weight is None else slab.class_weight[:, None]
-    sums = config.form.sums(logits, targets, weight, slab.softcap, reference, smooth=config.smooth, first_class=start)
-    return Seen(sums, start + jnp.argmax(logits, 0).astype(jnp.int32))
+    return look_classes_first(config, reference, slab, start)
 
 
 def merge_seen(a: Seen, b: Seen) -> Seen:
@@ -136,29 +125,21 @@ def backward(
     """
     dtype = normalizer.exp.dtype
     kept = 0 if room is None else room_of(config, inputs).tokens
-    # A TPU makes these zeros as it multiplies; elsewhere that would be a copy of the hidden states for every slab.
-    at_each_slab = config.platform == "tpu"
-    parts = split_tokens(inputs if at_each_slab else without_left_out(inputs), normalizer, cotangents, kept)
+    clean = inputs if config.platform == "tpu" else without_left_out(inputs)
+    parts = split_tokens(clean, normalizer, cotangents, kept)
 
     def step(carry: tuple[Summed, list[PerToken]], start: Array | int, size: int) -> tuple[Any, None]:
         sums, per_token = carry
-        slabs = [
-            take_slab(config, without_left_out(part.inputs) if at_each_slab else part.inputs, start, size)
-            for part in parts
-        ]
-        logits = [Projection(config).logits(slab) for slab in slabs]
+        slabs = [part._replace(inputs=take_slab(config, part.inputs, start, size)) for part in parts]
+        logits: list[Array | None] = [None] * len(parts)
         if sums.kernel is not None and kept:
             logits[0] = room_of(config, inputs).logits(sums.kernel, start, size)
-        shares = [
-            gradient_shares(config, wanted, slab, x, part.normalizer, part.cotangents, start)
-            for slab, x, part in zip(slabs, logits, parts, strict=True)
+        found = [
+            slab_gradients(config, wanted, *of_part, start, scale)
+            for of_part in zip(slabs, logits, per_token, strict=True)
         ]
-        sums = finish_slab(config, sums, reduce(add, [summed for summed, _ in shares]), start, scale)
-        per_token = [
-            PerToken(add(whole.hidden, part.hidden), put(whole.targets, part.targets, start, 1, scale))
-            for whole, (_, part) in zip(per_token, shares, strict=True)
-        ]
-        return (sums, per_token), None
+        sums = finish_slab(config, sums, reduce(add, [summed for summed, _ in found]), start, scale)
+        return (sums, [per_token for _, per_token in found]), None
 
     # What every slab writes a part of needs no zeros to start from; padding of the kernel stays 0.
     padded = inputs.kernel.shape[Projection(config).class_axis] > config.num_classes
@@ -178,17 +159,64 @@ def backward(
     return sums._replace(softcap=softcap), whole._replace(hidden=hidden)
 
 
+def slab_gradients(
+    config: Config,
+    wanted: Wanted,
+    slab: Part,
+    logits: Array | None,
+    whole: PerToken,
+    start: Array | int,
+    scale: Array | float,
+) -> tuple[Summed, PerToken]:
+    """What a slab of classes from `start` adds to each gradient; `logits` are made here if they weren't kept.
+
+    A block of tokens at a time, so that a TPU has the gradient of their logits on the chip for both matmuls.
+    """
+
+    def of_block(whole: PerToken, first: Array | int, tokens: int) -> tuple[Summed, PerToken]:
+        inputs = take_chunk(slab.inputs, first, tokens)
+        if config.platform == "tpu":
+            # These zeros are a part of the matmul there; elsewhere they would be a copy for each slab.
+            inputs = without_left_out(inputs)
+        x = Projection(config).logits(inputs) if logits is None else logits
+        normalizer, cotangents = take_tokens((slab.normalizer, slab.cotangents), first, tokens)
+        share, per_token = gradient_shares(config, wanted, inputs, x, normalizer, cotangents, start)
+        of_targets = put(whole.targets, per_token.targets, (first, start), scale)
+        if whole.hidden is None or per_token.hidden is None:
+            return share, PerToken(None, of_targets)
+        hidden = take_tokens(whole.hidden, first, tokens) + per_token.hidden
+        return share, PerToken(put(whole.hidden, hidden, (first, 0)), of_targets)
+
+    def step(carry: tuple[Summed, PerToken], first: Array | int, tokens: int) -> tuple[Any, None]:
+        share, whole = carry
+        more, whole = of_block(whole, first, tokens)
+        return (add(share, more), whole), None
+
+    tokens = slab.inputs.hidden.shape[0]
+    block = tokens_beside_a_slab(config.platform, tokens)
+    if block >= tokens:
+        return of_block(whole, 0, tokens)
+    like, _ = jax.eval_shape(partial(of_block, first=0, tokens=block), whole)
+    nothing = jax.tree.map(lambda share: jnp.zeros(share.shape, share.dtype), like)
+    return scan_chunks(step, (nothing, whole), tokens, block)[0]
+
+
 def finish_slab(config: Config, sums: Summed, share: Summed, start: Array | int, scale: Array | float) -> Summed:
     """The slab's share of a gradient with an axis of classes is final: it is written where it belongs."""
+    place = (start, 0) if config.transpose_kernel else (0, start)
     return Summed(
-        kernel=put(sums.kernel, share.kernel, start, Projection(config).class_axis, scale),
-        bias=put(sums.bias, share.bias, start, 0, scale),
-        class_weight=put(sums.class_weight, share.class_weight, start, 0, scale),
+        kernel=put(sums.kernel, share.kernel, place, scale),
+        bias=put(sums.bias, share.bias, (start,), scale),
+        class_weight=put(sums.class_weight, share.class_weight, (start,), scale),
         softcap=add(sums.softcap, share.softcap),
     )
 
 
-def put(whole: Array | None, part: Array | None, start: Array | int, axis: int, scale: Array | float) -> Array | None:
+def put(
+    whole: Array | None, part: Array | None, place: tuple[Array | int, ...], scale: Array | float = 1.0
+) -> Array | None:
+    """`whole` with `scale·part` at that place."""
     if whole is None or part is None:
         return None
-    return lax.dynamic_update_slice_in_dim(whole, (scale * part).astype(whole.dtype), start, axis)
+    indices = [jnp.asarray(index, jnp.int32) for index in place]
+    return lax.dynamic_update_slice(whole, (scale * part).astype(whole.dtype), indices)
