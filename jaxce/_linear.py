@@ -107,13 +107,14 @@ def linear_cross_entropy(
       transpose_kernel: the kernel is (C, D), as an embedding table or `torch.nn.Linear.weight`.
       num_classes: how many columns of a padded kernel are real, all by default. The others count for nothing, and their
         gradient is 0.
-      chunk_size: how many tokens ("tokens") or classes ("classes") are worked on at a time; by default as many as take
-        little memory beside the gradients. It need not divide anything.
+      chunk_size: how many tokens ("tokens") or classes ("classes") are worked on at a time; by default as many as suit
+        the platform and take little memory beside the gradients. It need not divide anything.
       strategy: "tokens" is a loop over tokens with three matmuls: the gradients are made in the forward pass and held
         in float32. "classes" is a loop over classes with four matmuls, each of which finishes a part of a gradient: it
-        takes the least memory. "auto" picks "tokens" on GPU and TPU where N tokens are many for D features, 16·D at
-        most N times the bytes of an entry of `hidden`, and on a CPU where the kernel is small, D·C at most 2²¹: there
-        it is faster, and its float32 gradients are small beside the logits. Else, and for `reduction="none"`, it picks
+        takes the least memory. "auto" picks by the platform of the arrays or of their mesh, else by the one that JAX
+        runs on. On a TPU it is "classes". On a GPU it is "tokens" where N tokens are many for D features, 16·D at most
+        N times the bytes of an entry of `hidden`; on a CPU where the kernel is small, D·C at most 2²¹: there it is
+        faster, and its float32 gradients are small beside the logits. Else, and for `reduction="none"`, it is
         "classes"; on a CPU with float32 that keeps the logits of D tokens where the kernel's gradient will be, and has
         3 matmuls for up to D tokens, 4 - D/N for more.
       precision: of the matmuls, as for `jax.lax.dot_general`.

@@ -82,7 +82,7 @@ BUGS = [
     Bug("tokens: padded classes count", TOKENS, "lax.slice_in_dim(inputs.kernel, 0, config.num_classes, axis=axis)", "inputs.kernel", LINEAR),
     Bug("tokens: sums over chunks in 16 bits", TOKENS, "zeros(inputs.kernel, wanted.kernel, dtype)", "zeros(inputs.kernel, wanted.kernel)", LINEAR),
     Bug("classes: a slab's classes count from 0", CLASSES, "look(config, None, slab, Projection(config).logits(slab), start)", "look(config, None, slab, Projection(config).logits(slab), 0)", LINEAR),
-    Bug("classes: gradients' classes count from 0", CLASSES, "part.normalizer, part.cotangents, start)", "part.normalizer, part.cotangents, 0)", LINEAR),
+    Bug("classes: gradients' classes count from 0", CLASSES, "inputs, x, normalizer, cotangents, start)", "inputs, x, normalizer, cotangents, 0)", LINEAR),
     Bug("classes: the first slab twice", CLASSES, "see(seen.sums.maximum, start + size, width, room)", "see(seen.sums.maximum, start, width, room)", LINEAR),
     Bug("classes: gradients without the cotangent", CLASSES, "(scale * part).astype(whole.dtype)", "part.astype(whole.dtype)", LINEAR),
     Bug("classes: predicted by the last slab", CLASSES, "jnp.where(ahead, b.predicted, a.predicted)", "b.predicted", LINEAR),
