@@ -141,10 +141,8 @@ def backward(
         sums = finish_slab(config, sums, reduce(add, [summed for summed, _ in found]), start, scale)
         return (sums, [per_token for _, per_token in found]), None
 
-    # What every slab writes a part of needs no zeros to start from; padding of the kernel stays 0.
-    padded = inputs.kernel.shape[Projection(config).class_axis] > config.num_classes
     sums = Summed(
-        (zeros if padded else empty)(inputs.kernel, wanted.kernel) if room is None else room,
+        to_be_written(config, inputs.kernel, wanted.kernel) if room is None else room,
         zeros(inputs.bias, wanted.bias),
         zeros(inputs.class_weight, wanted.class_weight),
         zeros(inputs.softcap, wanted.softcap, dtype),
@@ -157,6 +155,14 @@ def backward(
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *per_token)
     softcap, hidden = jax.tree.map(lambda total: scale * total, (sums.softcap, whole.hidden))
     return sums._replace(softcap=softcap), whole._replace(hidden=hidden)
+
+
+def to_be_written(config: Config, kernel: Array, want: bool) -> Array | None:
+    """An array for the gradient of the kernel: every slab writes its part of it; 0 where the kernel is padding."""
+    axis = Projection(config).class_axis
+    padding = lax.slice_in_dim(kernel, config.num_classes, None, axis=axis)
+    place = (config.num_classes, 0) if axis == 0 else (0, config.num_classes)
+    return put(empty(kernel, want), jnp.zeros_like(padding), place) if padding.size else empty(kernel, want)
 
 
 def slab_gradients(
