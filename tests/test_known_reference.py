@@ -58,8 +58,8 @@ BIASES = {
     "each slab above the one before": 100.0 * (np.arange(C) // 7),
     "each slab below the one before": -100.0 * (np.arange(C) // 7),
     "first slabs impossible": np.where(FIRST, -np.inf, 0.0),
-    "first slabs impossible, the others small": np.where(FIRST, -np.inf, -500.0),
-    "first classes impossible, the others small": np.where(np.arange(C) < 4, -np.inf, -500.0),
+    "first slabs impossible, the others small": np.where(FIRST, -np.inf, -1000.0),
+    "first classes impossible, the others small": np.where(np.arange(C) < 4, -np.inf, -1000.0),
     "last slab impossible": np.where(np.arange(C) >= 35, -np.inf, 0.0),
     "all classes but one impossible": np.where(LAST, 0.0, -np.inf),
 }
