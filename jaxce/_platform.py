@@ -15,7 +15,8 @@ def platform_of(arrays: Any) -> str:
     for leaf in leaves:
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
             return next(iter(leaf.devices())).platform
-    default = jax.config.jax_default_device
+    config: Any = jax.config  # whose type doesn't know all of its options on each JAX
+    default = config.jax_default_device
     if default is None:
         return jax.default_backend()
     return default if isinstance(default, str) else default.platform
