@@ -93,8 +93,7 @@ def test_stats_relative_to_a_far_reference(loop, x64):
     assert got.predicted[LABELS != -100].tolist() == want.predicted[LABELS != -100].tolist()
 
 
-@pytest.mark.parametrize("probabilities", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("reduction", "probabilities"), [("mean", False), ("none", True)])
 def test_blocks_of_tokens_beside_a_slab(reduction, probabilities, monkeypatch, x64):
     """Blocks of 5 tokens, and a rest of 2."""
     monkeypatch.setattr(over_classes, "tokens_beside_a_slab", lambda platform, tokens: 5)
@@ -191,8 +190,7 @@ def test_sums_are_made_again_only_where_the_reference_was_far(x64):
     assert jnp.array_equal(accelerator.near(look, jnp.full(3, -jnp.inf), logits).sums.reference, logits.max(1))
 
 
-@pytest.mark.parametrize("scale", [1, 30, 1e4])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("dtype", "scale"), [(jnp.bfloat16, 1), (jnp.float16, 30), (jnp.float16, 1e4)])
 @LOOPS
 def test_error_in_16_bits_beside_that_of_dense(loop, dtype, scale):
     """Against float64, beside the dense loss with float32 logits and float32 gradients of them."""

@@ -404,7 +404,8 @@ def test_logits_are_kept_in_no_memory_of_their_own(probabilities, transposed):
         compiled = jax.jit(jax.grad(loss, (0, 1, 2) if probabilities else (0, 1))).lower(hidden, kernel, labels)
         return compiled.compile().memory_analysis().temp_size_in_bytes
 
-    assert temp("auto") <= 1.1 * temp("classes")
+    # The logits that are kept are as many as the kernel has entries; where they lie costs XLA a slab's more at most.
+    assert temp("auto") <= temp("classes") + 0.1 * 4 * d * c
 
 
 def test_frozen_kernel_has_no_array_of_its_size():
