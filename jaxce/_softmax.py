@@ -1,6 +1,7 @@
 """The numbers of one example that every loss is made of, and their one hand-written gradient.
 
-With logits x, their maximum m, p = softmax x, a target t (one-hot for a class index) and class weights w:
+With logits x, their maximum m or a number near it, p = softmax x, a target t (one-hot for a class index) and class
+weights w:
 
     log_sum     log Σ_c exp(x_c - m)
     log_z       m + log_sum

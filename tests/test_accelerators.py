@@ -60,6 +60,17 @@ def test_loss_and_gradients_on_a_tpu(shape, multiple, temporaries):
     assert found["temporaries_gb"] <= temporaries
 
 
+def test_options_on_a_tpu_store_no_more_and_take_little_longer():
+    shape, options = (8_192, 4_096, 128_256), {"label_smoothing": 0.1, "z_loss": 1e-4, "logit_softcap": 30.0}
+    loss = compiled.fused(num_classes=128_000, **options)
+    found = compiled.on_tpu("TPU v5e", with_gradients(loss, "TPU v5e", *compiled.of_shape(shape)), shape, matmuls=3)
+    assert found["multiple"] <= 1.55
+    assert found["temporaries_gb"] <= 0.15
+    evaluated = compiled.compile_for("TPU v5e", loss, compiled.of_shape(shape))
+    assert compiled.on_tpu("TPU v5e", evaluated, shape, matmuls=1)["multiple"] <= 1.25
+    assert evaluated.temporaries <= 2e6
+
+
 @pytest.mark.parametrize("shape", compiled.ON_V5E)
 def test_evaluation_on_a_tpu_stores_no_logits(shape):
     program = compiled.compile_for("TPU v5e", jaxce.linear_cross_entropy, compiled.of_shape(shape))
