@@ -27,6 +27,11 @@ from jaxce._softmax import Normalizer, Stats, cotangents_of, primal_values
 __all__ = ["Config", "Inputs", "Loop", "choose_loop", "linear_stats", "matmul_dtype", "summed_loss"]
 
 
+def evaluate(config: Config, inputs: Inputs) -> tuple[Stats, Array]:
+    """The numbers of every token and the class of its largest logit, where no gradient is wanted."""
+    return (over_classes if config.loop == "classes" else over_tokens).evaluate(config, inputs)
+
+
 def forward(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, Normalizer, Array, Array | None]:
     """The numbers of every token, what their gradients need, the class of its largest logit; and the room, filled."""
     if config.loop == "classes":
@@ -40,8 +45,7 @@ def forward(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear_stats(config: Config, inputs: Inputs) -> tuple[Stats, Array]:
     """The numbers of every token, and the class of its largest logit."""
-    stats, _, predicted, _ = forward(config, inputs, None)
-    return stats, predicted
+    return evaluate(config, inputs)
 
 
 def _linear_stats_fwd(config: Config, inputs: Any) -> tuple[Any, Any]:
@@ -72,7 +76,7 @@ def summed_loss(
     config: Config, inputs: Inputs, weights: ExampleWeights, options: Options
 ) -> tuple[Array, tuple[Stats, Array]]:
     """The sum of the tokens' losses; and what `linear_stats` returns, without gradient."""
-    stats, _, predicted, _ = forward(config, inputs, None)
+    stats, predicted = evaluate(config, inputs)
     return compose(config, stats, weights, options), (stats, predicted)
 
 

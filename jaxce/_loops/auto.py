@@ -50,6 +50,13 @@ def classes_at_a_time(platform: str, inputs: Inputs) -> int:
     return max(1024, bounded)
 
 
+def classes_evaluated_at_a_time(platform: str, inputs: Inputs) -> int:
+    """How many classes a slab has where no gradient is wanted."""
+    # A TPU's compiler takes more memory for wider ones, which are no faster as long as the tokens aren't too many.
+    narrow = platform == "tpu" and inputs.hidden.shape[0] <= 32_768
+    return 768 if narrow else classes_at_a_time(platform, inputs)
+
+
 def tokens_beside_a_slab(platform: str, tokens: int) -> int:
     """How many of the tokens the backward pass of a slab of classes works on at a time."""
     # All, as long as a TPU's compiler keeps the gradient of their logits on the chip.

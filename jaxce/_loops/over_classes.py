@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce._loops.accelerator import as_it_lies, first_reference, look_classes_first, read_once
-from jaxce._loops.auto import classes_at_a_time, tokens_beside_a_slab
+from jaxce._loops.auto import classes_at_a_time, classes_evaluated_at_a_time, tokens_beside_a_slab
 from jaxce._loops.cpu_room import room_of
 from jaxce._loops.shared import (
     Config,
@@ -43,6 +43,13 @@ ON_TPU = ("tpu",)
 def chunk_size(config: Config, inputs: Inputs) -> int:
     """How many classes a slab has."""
     return config.chunk_size or classes_at_a_time(config.platform, inputs)
+
+
+def evaluate(config: Config, inputs: Inputs) -> tuple[Stats, Array]:
+    """The numbers of every token and the class of its largest logit, where no gradient is wanted."""
+    size = config.chunk_size or classes_evaluated_at_a_time(config.platform, inputs)
+    stats, _, predicted, _ = forward(config._replace(chunk_size=size), inputs, None)
+    return stats, predicted
 
 
 def forward(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, Normalizer, Array, Array | None]:

@@ -43,6 +43,12 @@ def chunk_size(config: Config, inputs: Inputs) -> int:
     return config.chunk_size or tokens_at_a_time(config.platform, inputs, config.num_classes)
 
 
+def evaluate(config: Config, inputs: Inputs) -> tuple[Stats, Array]:
+    """The numbers of every token and the class of its largest logit, where no gradient is wanted."""
+    stats, _, predicted = forward(config, inputs)
+    return stats, predicted
+
+
 def forward(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Array]:
     """The numbers of every token, what their gradients need, and the class of the largest logit of each."""
     inputs = cut_padding(config, inputs)
