@@ -229,6 +229,76 @@ def launches(i: Instruction) -> bool:
     return 'custom_call_target="AllocateBuffer"' not in i.attributes
 
 
+class Collective(NamedTuple):
+    """What devices send each other, `times` in a run."""
+
+    kind: str
+    shape: Shape  # the larger of what it takes and makes
+    devices: int  # of a group
+    times: int
+    in_loop: bool
+
+    @property
+    def bytes(self) -> int:
+        """What each device sends in a run, if each group is a ring."""
+        share = 1.0 if self.kind == "collective-permute" else (self.devices - 1) / self.devices
+        return round(self.times * self.shape.bytes * share * (2 if self.kind == "all-reduce" else 1))
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def collectives(text: str) -> list[Collective]:
+    """All of a program's. A conditional's are those of all of its branches, in a loop as in any."""
+    return list(collectives_of(parse(text)))
+
+
+def collectives_of(
+    program: Program, name: str = "", arguments: Sequence[Any] = (), times: int = 1, in_loop: bool = False
+) -> Iterator[Collective]:
+    computation = program.computations[name or program.entry]
+    for i in computation.instructions.values():
+        kind = i.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            if "all-reduce-scatter" in name:
+                kind = "reduce-scatter"  # as a TPU's compiler writes it
+            arrays = [shape for operand in i.operands for shape in computation.shapes(operand)]
+            results = i.shapes[len(arrays) :] if i.opcode.endswith("-start") and len(i.shapes) > 1 else i.shapes
+            devices = group_size(i)
+            for taken, made in zip(arrays, results or arrays, strict=False):
+                if devices > 1:
+                    yield Collective(kind, max(taken, made, key=lambda s: s.bytes), devices, times, in_loop)
+        given = [known(computation, operand, arguments) for operand in i.operands]
+        if i.opcode == "while":
+            turns = trips(program, i, given[0])
+            inside = [carried(program, i, given[0])]
+            yield from collectives_of(program, i.called("body"), inside, times * turns, True)
+        elif i.opcode == "conditional":
+            for branch, argument in zip(i.branches(), given[1:], strict=True):
+                yield from collectives_of(program, branch, [argument], times, in_loop)
+        elif i.opcode in ("fusion", "call", "async-start"):
+            called = i.called("calls") or i.called("to_apply")
+            if called:
+                yield from collectives_of(program, called, given, times, in_loop)
+
+
+def group_size(i: Instruction) -> int:
+    """How many devices take part together in a collective."""
+    if i.opcode.startswith("collective-permute"):
+        return 2
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", i.attributes)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", i.attributes)
+    if iota:
+        return int(iota.group(2))
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", i.attributes)
+    if not listed:
+        raise ValueError(f"the devices of {i.name} are not to be found: {i.attributes[:200]}")
+    return len(listed.group(1).split(","))
+
+
 class Traffic(NamedTuple):
     """How often `times`, and each time: bytes read and written, arrays of as many entries as the logits."""
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxce._label_check import name_bad_labels
@@ -58,6 +59,15 @@ class LossOptions:
     ignore_index: int = dataclasses.field(metadata={"static": True})
     reduction: str = dataclasses.field(metadata={"static": True})
     return_stats: bool = dataclasses.field(metadata={"static": True})
+
+    def specs(self, of_batch: PartitionSpec) -> "LossOptions":
+        """How the options lie on a mesh: all is everywhere but what is of an example."""
+        everywhere = jax.tree.map(lambda _: PartitionSpec(), self.without_where())
+        return dataclasses.replace(everywhere, sample_weight=of_batch)
+
+    def without_where(self) -> "LossOptions":
+        """The options after `examples` has read `where`, whose shape may be any that broadcasts."""
+        return dataclasses.replace(self, where=None)
 
     def class_weight_within(self, targets: Array) -> Array | None:
         """The class weights, where they enter an example's numbers: one alone only multiplies the example's loss."""
@@ -220,13 +230,19 @@ def examples(
     labels: Array,
     options: LossOptions,
     source: str | None = None,
+    classes_here: int | None = None,
 ) -> Examples:
     """Checks labels and options of scores `name` of that shape, and reads off them which examples count.
 
-    `source` says where the batch shape comes from, if not from the scores themselves.
+    `source` says where the batch shape comes from, if not from the scores themselves; `classes_here`, of how many
+    classes class probabilities are, if not of all.
     """
     batch = shape[:axis] + shape[axis + 1 :]
-    examples = _examples(name, shape, axis, batch, labels, options.ignore_index, options.where, source)
+    if _is_float(labels) and classes_here is not None:
+        there = (*shape[:axis], classes_here, *shape[axis + 1 :])
+    else:
+        there = shape
+    examples = _examples(name, there, axis, batch, labels, options.ignore_index, options.where, source)
     _check_weight(options.weight, shape[axis])
     _check_sample_weight(options.sample_weight, batch)
     return examples
@@ -351,26 +367,40 @@ def _check_sample_weight(value: Array | None, batch: Shape) -> None:
     )
 
 
-def projection(hidden: Array, kernel: Array, bias: Array | None, options: ProjectionOptions) -> int:
-    """Checks that `hidden @ kernel + bias` is right; how many of its columns are classes."""
-    _assert_float("hidden", hidden)
-    _assert_float("kernel", kernel)
-    if hidden.ndim == 0:
-        raise ValueError("hidden must have a last axis of features; got a scalar")
-    columns = _columns(hidden, kernel, options.transpose_kernel)
-    if columns == 0:
-        raise ValueError(f"kernel must have at least one class; got shape {kernel.shape}")
+def projection(hidden: Array, kernel: Array, bias: Array | None, options: ProjectionOptions, shards: int = 1) -> int:
+    """Checks that `hidden @ kernel + bias` is right; how many of its columns are classes.
+
+    With `shards`, the kernel is one of so many parts of as many columns.
+    """
+    columns = matmul(hidden, kernel, options.transpose_kernel)
     if bias is not None:
         _assert_float("bias", bias)
         _assert_shape(
             bias, (columns,), lambda: f"bias must have shape ({columns},), one entry a class; got {bias.shape}"
         )
-    num_classes, chunk_size = options.num_classes, options.chunk_size
+    num_classes = classes("kernel", columns * shards, options.num_classes)
+    if options.chunk_size is not None and options.chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None; got {options.chunk_size}")
+    return num_classes
+
+
+def classes(name: str, columns: int, num_classes: int | None) -> int:
+    """How many of the columns are classes."""
     if num_classes is not None and not 1 <= num_classes <= columns:
-        raise ValueError(f"num_classes must be from 1 to {columns}, the classes of kernel; got {num_classes}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None; got {chunk_size}")
+        raise ValueError(f"num_classes must be from 1 to {columns}, the classes of {name}; got {num_classes}")
     return columns if num_classes is None else num_classes
+
+
+def matmul(hidden: Array, kernel: Array, transpose_kernel: bool) -> int:
+    """Checks that `hidden @ kernel` is right; how many columns it has."""
+    _assert_float("hidden", hidden)
+    _assert_float("kernel", kernel)
+    if hidden.ndim == 0:
+        raise ValueError("hidden must have a last axis of features; got a scalar")
+    columns = _columns(hidden, kernel, transpose_kernel)
+    if columns == 0:
+        raise ValueError(f"kernel must have at least one class; got shape {kernel.shape}")
+    return columns
 
 
 def _columns(hidden: Array, kernel: Array, transpose_kernel: bool) -> int:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxce._mesh import Axes, size_along, total
 from jaxce._softmax import Stats, Target, is_index
 
 
@@ -50,11 +51,15 @@ def times(weight: Array | None, value: Array) -> Array:
     return value if weight is None else weight * value
 
 
-def weight_sum(weights: ExampleWeights, live: Array | None, losses: Array | jax.ShapeDtypeStruct) -> Array:
-    """What the mean of `losses` divides by."""
+def weight_sum(
+    weights: ExampleWeights, live: Array | None, losses: Array | jax.ShapeDtypeStruct, axes: Axes = ()
+) -> Array:
+    """What the mean of `losses` divides by; of the examples of all devices along the axes."""
     if weights.total is not None:
-        return weights.total.sum()
-    return jnp.asarray(losses.size if live is None else live.sum(), losses.dtype)
+        return total(weights.total.sum(), axes)
+    if live is not None:
+        return total(live.sum(), axes).astype(losses.dtype)
+    return jnp.asarray(losses.size * size_along(axes), losses.dtype)
 
 
 def example_losses(stats: Stats, weights: ExampleWeights, num_classes: int, options: Options) -> Array:
@@ -77,9 +82,9 @@ def divide(total: Array, weight: Array) -> Array:
     return jnp.where(empty, 0, total / jnp.where(empty, 1, weight))
 
 
-def reduce_losses(losses: Array, total_weight: Array, reduction: str) -> Array:
+def reduce_losses(losses: Array, total_weight: Array, reduction: str, axes: Axes = ()) -> Array:
+    """The loss; of the examples of all devices along the axes."""
     if reduction == "none":
         return losses
-    if reduction == "sum":
-        return losses.sum()
-    return divide(losses.sum(), total_weight)
+    loss = total(losses.sum(), axes)
+    return divide(loss, total_weight) if reduction == "mean" else loss

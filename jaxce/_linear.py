@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias, cast, overload
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 from jax.typing import ArrayLike
@@ -12,9 +13,10 @@ from jax.typing import ArrayLike
 from jaxce import _checks, _forms
 from jaxce._checks import LossOptions, ProjectionOptions
 from jaxce._compose import Options, divide, example_losses, example_weights, weight_sum
+from jaxce._layout import Layout, constrain, layout_of_projection, layout_of_types, on_mesh
 from jaxce._loops import Config, Inputs, Loop, choose_loop, linear_stats, matmul_dtype, summed_loss
-from jaxce._losses import LossStats, Reduction
-from jaxce._mesh import explicit_mesh, vary_alike
+from jaxce._losses import LossStats, Reduction, out_specs
+from jaxce._mesh import axes_of, explicit_mesh, own_part, real_part, size_along, total, vary_over
 from jaxce._platform import platform_of
 from jaxce._softmax import compute_dtype, is_index
 
@@ -172,7 +174,7 @@ def linear_cross_entropy(
     )
 
 
-@partial(jax.jit, static_argnames=("projection",))
+@partial(jax.jit, static_argnames=("projection", "layout"))
 def _linear_cross_entropy(
     hidden: Array,
     kernel: Array,
@@ -181,56 +183,118 @@ def _linear_cross_entropy(
     options: LossOptions,
     *,
     projection: ProjectionOptions,
+    layout: Layout | None = None,
 ) -> Array | tuple[Array, LossStats]:
-    num_classes = _checks.projection(hidden, kernel, bias, projection)
+    shards = 1 if layout is None or layout.mesh is not None else size_along(layout.classes)
+    num_classes = _checks.projection(hidden, kernel, bias, projection, shards)
     batch = hidden.shape[:-1]
     targets, live = _checks.examples(
-        "logits", (*batch, num_classes), len(batch), labels, options, source=f"hidden {hidden.shape}"
+        "logits",
+        (*batch, num_classes),
+        len(batch),
+        labels,
+        options,
+        source=f"hidden {hidden.shape}",
+        classes_here=num_classes if shards == 1 else columns_of(kernel, projection),
     )
     class_weight = options.class_weight_within(targets)
     inputs = Inputs(hidden, kernel, bias, targets, class_weight, options.logit_softcap, live)
-    config = configure(projection, num_classes, inputs, options)
-    compute = partial(_loss_and_stats, config, options)
+    arguments = inputs, options.sample_weight, options.weight, Options(options.label_smoothing, options.z_loss)
+    compute = partial(_loss_and_stats, projection, num_classes, options)
     mesh = explicit_mesh(inputs)
-    if mesh is not None:
-        # Inside of it, XLA places the arrays.
-        of_batch: Any = NamedSharding(mesh, PartitionSpec(*jax.typeof(hidden).sharding.spec[: len(batch)]))
-        scalar: Any = NamedSharding(mesh, PartitionSpec())
-        out = of_batch if options.reduction == "none" else scalar
-        stats = LossStats(of_batch, of_batch, of_batch, of_batch, scalar)
-        compute = auto_axes(compute, out_sharding=(out, stats) if options.return_stats else out)
-    return compute(inputs, options.sample_weight, options.weight, Options(options.label_smoothing, options.z_loss))
+    if layout is None and mesh is not None:
+        layout_of = partial(layout_of_projection, transpose=projection.transpose_kernel, gathers_slabs=False)
+        layout = layout_of_types(mesh, layout_of, hidden=hidden, kernel=kernel)
+        if layout is None:
+            # Inside of it, XLA places the arrays.
+            of_batch: Any = NamedSharding(mesh, PartitionSpec(*jax.typeof(hidden).sharding.spec[: len(batch)]))
+            out = out_specs(options, of_batch, NamedSharding(mesh, PartitionSpec()))
+            return auto_axes(partial(compute, None), out_sharding=out)(*arguments)
+    if layout is None or layout.mesh is None:
+        return compute(layout, *arguments)
+    if not is_index(targets) and layout.classes:
+        padding = [(0, 0)] * len(batch) + [(0, columns_of(kernel, projection) - num_classes)]
+        inputs = inputs._replace(targets=jnp.pad(targets, padding))
+    hidden, kernel = constrain(layout.mesh, (hidden, kernel), layout.given)
+    inputs = inputs._replace(hidden=hidden, kernel=kernel)
+    specs = in_specs(layout, inputs, projection.transpose_kernel)
+    out = out_specs(options, layout.of_batch(), PartitionSpec())
+    found = on_mesh(layout, partial(compute, layout), (inputs, *arguments[1:]), specs, out)
+    if not any(layout.tokens_gathered):
+        return found
+    # What is of a token lies as the hidden states do.
+    return constrain(layout.mesh, found, out_specs(options, PartitionSpec(*layout.hidden[:-1]), PartitionSpec()))
 
 
-def configure(projection: ProjectionOptions, num_classes: int, inputs: Inputs, options: LossOptions) -> Config:
+def columns_of(kernel: Array, projection: ProjectionOptions) -> int:
+    return kernel.shape[0 if projection.transpose_kernel else 1]
+
+
+def in_specs(layout: Layout, inputs: Inputs, transpose_kernel: bool) -> tuple[Any, ...]:
+    """How the arguments of the loss lie on the mesh where its devices begin with them."""
+    per_class, of_batch, everywhere = PartitionSpec(layout.classes), layout.of_batch(), PartitionSpec()
+    specs: Any = {
+        "hidden": layout.hidden,
+        "kernel": layout.kernel(transpose_kernel),
+        "bias": per_class,
+        "targets": of_batch if is_index(inputs.targets) else layout.with_classes(len(layout.batch)),
+        "class_weight": everywhere,
+        "softcap": everywhere,
+        "live": of_batch,
+    }
+    return Inputs(**specs), of_batch, everywhere, everywhere
+
+
+def configure(
+    projection: ProjectionOptions, num_classes: int, layout: Layout | None, inputs: Inputs, options: LossOptions
+) -> Config:
     """What is known of the loop when the function is traced."""
     auto = projection.strategy == "auto"
+    gathers_slabs = layout is not None and layout.gathers_slabs and bool(layout.features)
+    if gathers_slabs:
+        loop: Loop = "classes"
+    else:
+        loop = choose_loop(projection.platform, inputs, options.reduction) if auto else cast(Loop, projection.strategy)
+    sharded = layout is not None and bool(layout.classes)
     return Config(
         platform=projection.platform,
-        loop=choose_loop(projection.platform, inputs, options.reduction) if auto else cast(Loop, projection.strategy),
+        loop=loop,
         # Over tokens, a TPU takes more memory and seldom less time, also with a matmul less.
-        either_loop=auto and projection.platform != "tpu",
+        either_loop=auto and projection.platform != "tpu" and not gathers_slabs,
         # With more devices than one, the tokens could lie on others than the gradient of the kernel.
         keeps_logits=auto and projection.platform == "cpu" and jax.device_count() == 1,
         chunk_size=projection.chunk_size,
         num_classes=num_classes,
+        columns=columns_of(inputs.kernel, projection) if sharded else num_classes,
         transpose_kernel=projection.transpose_kernel,
         precision=projection.precision,
         smooth=options.label_smoothing is not None,
         form=_forms.chosen(),
+        class_axes=() if layout is None else layout.classes,
+        feature_axes=() if layout is None else layout.features,
+        gathers_slabs=gathers_slabs,
     )
 
 
 def _loss_and_stats(
-    config: Config,
+    projection: ProjectionOptions,
+    num_classes: int,
     loss_options: LossOptions,
+    layout: Layout | None,
     inputs: Inputs,
     sample_weight: Array | None,
     weight: Array | None,
     options: Options,
 ) -> Array | tuple[Array, LossStats]:
-    """The loss of arguments that have been checked, and its stats if they are wanted."""
-    inputs, sample_weight, weight, options = vary_alike((inputs, sample_weight, weight, options))
+    """The loss of arguments that have been checked, and its stats if they are wanted.
+
+    On a mesh, of what each device has.
+    """
+    if layout is not None:
+        inputs = inputs._replace(
+            hidden=layout.gather_hidden(inputs.hidden),
+            kernel=layout.gather_kernel(inputs.kernel, projection.transpose_kernel),
+        )
     # The batch axes become one axis of tokens.
     batch = inputs.hidden.shape[:-1]
     tokens = math.prod(batch)
@@ -239,14 +303,18 @@ def _loss_and_stats(
         (inputs.hidden, inputs.targets, inputs.live, sample_weight),
     )
     inputs = inputs._replace(hidden=hidden, targets=targets, live=live)
+    config = configure(projection, num_classes, layout, inputs, loss_options)
+    inputs, (sample_weight, weight, options) = spread(config, inputs, (sample_weight, weight, options))
+    token_axes = () if layout is None else layout.token_axes
     dtype = compute_dtype(matmul_dtype(hidden, inputs.kernel))
     weights = example_weights(targets, live, sample_weight, weight, dtype)
-    total_weight = weight_sum(weights, live, jax.ShapeDtypeStruct((tokens,), dtype))
+    total_weight = weight_sum(weights, live, jax.ShapeDtypeStruct((tokens,), dtype), token_axes)
     if loss_options.reduction == "none":
         stats, predicted = linear_stats(config, inputs)
         loss = example_losses(stats, weights, config.num_classes, options).reshape(batch)
     else:
         loss, (stats, predicted) = summed_loss(config, inputs, weights, options)
+        loss = total(loss, token_axes)
         if loss_options.reduction == "mean":
             loss = divide(loss, total_weight)
     if not loss_options.return_stats:
@@ -256,3 +324,19 @@ def _loss_and_stats(
     per_token = (stats.nll, stats.log_z, stats.entropy, predicted)
     nll, log_z, entropy, predicted = (array.reshape(batch) for array in per_token)
     return loss, lax.stop_gradient(LossStats(nll, log_z, entropy, predicted, total_weight))
+
+
+def spread(config: Config, inputs: Inputs, others: Any) -> tuple[Inputs, Any]:
+    """What differs from class to class varies over all axes; what is of a token or of all, not over the class axes.
+
+    And each device takes what is of its own classes.
+    """
+    axes = axes_of((inputs, others))
+    targets, live, others = vary_over((inputs.targets, inputs.live, others), axes - set(config.class_axes))
+    if not is_index(targets):
+        targets = vary_over(targets, axes)
+    of_classes = (inputs.hidden, inputs.kernel, inputs.bias, inputs.class_weight, inputs.softcap)
+    hidden, kernel, bias, class_weight, softcap = vary_over(of_classes, axes)
+    class_weight = own_part(config.class_axes, class_weight, config.columns)
+    real = real_part(config.class_axes, config.columns, config.num_classes)
+    return Inputs(hidden, kernel, bias, targets, class_weight, softcap, live, real), others

@@ -7,12 +7,25 @@ from typing import Any, Literal, NamedTuple, TypeAlias, overload
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxce import _checks, _forms
 from jaxce._checks import LossOptions
 from jaxce._compose import Options, example_losses, example_weights, reduce_losses, times, weight_sum
-from jaxce._mesh import vary_alike
+from jaxce._layout import Layout, constrain, layout_of_logits, layout_of_types, on_mesh
+from jaxce._mesh import (
+    Axes,
+    axes_of,
+    explicit_mesh,
+    first_largest,
+    form_over,
+    own_part,
+    real_part,
+    size_along,
+    vary_alike,
+    vary_over,
+)
 from jaxce._softmax import Stats, is_index, log_probs, negative_log_prob, softmax_stats
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
@@ -57,12 +70,18 @@ def stats_of_examples(
     live: Array | None,
     *,
     smooth: bool,
+    class_axes: Axes,
 ) -> Stats:
     """The numbers of every example."""
-    one = partial(softmax_stats, _forms.chosen(), smooth)
+    columns = logits.shape[axis]
+    one = partial(softmax_stats, form_over(class_axes, _forms.chosen(), columns), smooth)
     in_axes = (0, 0, None, None, None if live is None else 0)
-    weight = along_classes(weight, logits, axis)
-    return over_examples(one, axis, in_axes)(*vary_alike((logits, targets, weight, softcap, live)))
+    axes = axes_of((logits, targets, weight, softcap, live))
+    logits, weight, softcap = vary_over((logits, weight, softcap), axes)
+    live = vary_over(live, axes - set(class_axes))
+    targets = vary_over(targets, axes - set(class_axes) if is_index(targets) else axes)
+    weight = along_classes(own_part(class_axes, weight, columns), logits, axis)
+    return over_examples(one, axis, in_axes)(logits, targets, weight, softcap, live)
 
 
 def along_classes(weight: Array | None, scores: Array, axis: int) -> Array | None:
@@ -291,21 +310,84 @@ def cross_entropy(
     return _cross_entropy(_checks.as_array("logits", logits), labels, options, axis=_checks.integer("axis", axis))
 
 
-@partial(jax.jit, static_argnames=("axis",))
-def _cross_entropy(logits: Array, labels: Array, options: LossOptions, *, axis: int) -> Array | tuple[Array, LossStats]:
+@partial(jax.jit, static_argnames=("axis", "num_classes", "layout"))
+def _cross_entropy(
+    logits: Array,
+    labels: Array,
+    options: LossOptions,
+    *,
+    axis: int,
+    num_classes: int | None = None,
+    layout: Layout | None = None,
+) -> Array | tuple[Array, LossStats]:
     axis = _checks.class_axis("logits", logits, axis)
-    targets, live = _checks.examples("logits", logits.shape, axis, labels, options)
-    stats_of = partial(stats_of_examples, logits, targets, axis, softcap=options.logit_softcap, live=live)
+    shards = 1 if layout is None or layout.mesh is not None else size_along(layout.classes)
+    columns = logits.shape[axis]
+    num_classes = _checks.classes("logits", columns * shards, num_classes)
+    shape = (*logits.shape[:axis], num_classes, *logits.shape[axis + 1 :])
+    targets, live = _checks.examples(
+        "logits", shape, axis, labels, options, classes_here=num_classes if shards == 1 else columns
+    )
+    arrays = Arrays(logits, targets, live)
+    compute = partial(_loss_and_stats, axis, num_classes)
+    if layout is None and (mesh := explicit_mesh(logits)) is not None:
+        layout = layout_of_types(mesh, partial(layout_of_logits, axis=axis), logits=logits)
+    if layout is None or layout.mesh is None:
+        return compute(layout, arrays, options)
+    if not is_index(targets) and num_classes < columns:
+        padding = [(0, 0)] * logits.ndim
+        padding[axis] = (0, columns - num_classes)
+        arrays = arrays._replace(targets=jnp.pad(targets, padding))
+    arrays = arrays._replace(logits=constrain(layout.mesh, (logits,), layout.given)[0])
+    of_batch: Any = layout.of_batch()
+    of_logits: Any = layout.with_classes(axis)
+    of_targets: Any = of_batch if is_index(targets) else of_logits
+    specs = Arrays(of_logits, of_targets, of_batch), options.specs(of_batch)
+    out = out_specs(options, of_batch, PartitionSpec())
+    return on_mesh(layout, partial(compute, layout), (arrays, options.without_where()), specs, out)
+
+
+class Arrays(NamedTuple):
+    """What the numbers of the examples are made of."""
+
+    logits: Array
+    targets: Array
+    live: Array | None
+
+
+def out_specs(options: LossOptions, of_batch: Any, scalar: Any) -> Any:
+    """How what a loss returns lies on a mesh."""
+    loss = of_batch if options.reduction == "none" else scalar
+    return (loss, LossStats(of_batch, of_batch, of_batch, of_batch, scalar)) if options.return_stats else loss
+
+
+def _loss_and_stats(
+    axis: int, num_classes: int, layout: Layout | None, arrays: Arrays, options: LossOptions
+) -> Array | tuple[Array, LossStats]:
+    """The loss of arguments that have been checked, and its stats if they are wanted.
+
+    On a mesh, of what a device has.
+    """
+    logits, targets, live = arrays
+    class_axes, token_axes = ((), ()) if layout is None else (layout.classes, layout.token_axes)
+    columns = logits.shape[axis]
+    real = real_part(class_axes, columns, num_classes)
+    if real is not None:
+        logits = jnp.where(real.reshape(-1, *(1,) * (logits.ndim - axis - 1)), logits, -jnp.inf)
     class_weight = options.class_weight_within(targets)
+    stats_of = partial(
+        stats_of_examples, logits, targets, axis, softcap=options.logit_softcap, live=live, class_axes=class_axes
+    )
     stats = stats_of(weight=class_weight, smooth=options.label_smoothing is not None)
     weights = example_weights(targets, live, options.sample_weight, options.weight, stats.nll.dtype)
-    losses = example_losses(stats, weights, logits.shape[axis], Options(options.label_smoothing, options.z_loss))
-    total_weight = weight_sum(weights, live, losses)
-    loss = reduce_losses(losses, total_weight, options.reduction)
+    losses = example_losses(stats, weights, num_classes, Options(options.label_smoothing, options.z_loss))
+    total_weight = weight_sum(weights, live, losses, token_axes)
+    loss = reduce_losses(losses, total_weight, options.reduction, token_axes)
     if not options.return_stats:
         return loss
     if class_weight is not None and not is_index(targets):
         stats = stats_of(weight=None, smooth=False)
-    predicted = jnp.argmax(_forms.read_again(logits), axis).astype(jnp.int32)
+    again = _forms.read_again(logits)
+    predicted = first_largest(class_axes, again.max(axis), jnp.argmax(again, axis).astype(jnp.int32), columns)
     read = LossStats(stats.nll, stats.log_z, stats.entropy, predicted, total_weight)
     return loss, lax.stop_gradient(read)

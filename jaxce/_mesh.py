@@ -1,12 +1,22 @@
-"""What JAX's types say of a mesh."""
+"""What JAX's types say of a mesh, and what its devices sum where each has some of the classes.
 
-from typing import Any, TypeVar
+Across the class axes go a few numbers for each example, never logits. A sum over them is the same number on each of
+those devices, which JAX's types know; the gradients of what is the same everywhere are summed where JAX transposes
+`vary_over`.
+"""
+
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, AxisType
 
+from jaxce._softmax import Form, Gradients, Sums, merge
+
 Tree = TypeVar("Tree")
+Axes: TypeAlias = tuple[str, ...]
 
 
 def explicit_mesh(arrays: Any) -> AbstractMesh | None:
@@ -18,16 +28,82 @@ def explicit_mesh(arrays: Any) -> AbstractMesh | None:
     return None
 
 
-def vary_alike(arrays: Tree) -> Tree:
-    """The arrays, each varying over every axis of a `jax.shard_map` that any of them varies over.
+def axes_of(arrays: Any) -> frozenset[Any]:
+    """The axes of a `jax.shard_map` over which any of the arrays varies."""
+    return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(arrays)))
+
+
+def vary_over(arrays: Tree, axes: frozenset[Any]) -> Tree:
+    """The arrays, each varying over all of these axes.
 
     A gradient that is written by hand has to vary as its input does: that of weights that are the same everywhere is
     summed over the axes here, where JAX transposes this.
     """
-    varying = frozenset[Any]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(arrays)))
 
     def vary(leaf: Array) -> Array:
-        missing = varying - jax.typeof(leaf).manual_axis_type.varying
+        missing = axes - jax.typeof(leaf).manual_axis_type.varying
         return lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
 
     return jax.tree.map(vary, arrays)
+
+
+def vary_alike(arrays: Tree) -> Tree:
+    """The arrays, each varying over every axis of a `jax.shard_map` that any of them varies over."""
+    return vary_over(arrays, axes_of(arrays))
+
+
+def total(value: Array, axes: Axes) -> Array:
+    """The sum over the devices along these axes."""
+    return lax.psum(value, axes) if axes else value
+
+
+def size_along(axes: Axes) -> int:
+    """How many devices lie along these axes of a `jax.shard_map`."""
+    return lax.axis_size(axes) if axes else 1
+
+
+def merge_over(axes: Axes, sums: Sums) -> Sums:
+    """The sums over all classes, from those over each device's."""
+    return merge(sums, partial(lax.pmax, axis_name=axes), partial(lax.psum, axis_name=axes)) if axes else sums
+
+
+def first_largest(axes: Axes, maximum: Array, index: Array, classes: int) -> Array:
+    """The class of the largest logit of all, from each device's largest one and its index among as many classes.
+
+    The first of equal ones, and NaN above all, as in `argmax`.
+    """
+    if not axes:
+        return index
+    index = lax.axis_index(axes) * classes + index
+    rank = lax.stop_gradient(jnp.where(jnp.isnan(maximum), jnp.inf, maximum))
+    return lax.pmin(jnp.where(rank == lax.pmax(rank, axes), index, jnp.iinfo(index.dtype).max), axes)
+
+
+def form_over(axes: Axes, form: Form, classes: int) -> Form:
+    """The sums and gradients of rows of which each device has that many classes."""
+    if not axes:
+        return form
+
+    def sums(*inputs: Any, **options: Any) -> Sums:
+        return merge_over(axes, form.sums(*inputs, first_class=lax.axis_index(axes) * classes, **options))
+
+    def gradients(*inputs: Any) -> Gradients:
+        return form.gradients(*inputs, first_class=lax.axis_index(axes) * classes)
+
+    return Form(sums, gradients)
+
+
+def own_part(axes: Axes, weight: Array | None, classes: int) -> Array | None:
+    """The class weights of this device's classes; zeros for padding."""
+    if weight is None:
+        return None
+    padded = jnp.pad(weight, (0, classes * size_along(axes) - weight.shape[0]))
+    return lax.dynamic_slice_in_dim(padded, lax.axis_index(axes) * classes, classes) if axes else padded
+
+
+def real_part(axes: Axes, classes: int, num_classes: int) -> Array | None:
+    """(classes,) False for those of this device that are padding; None if no device has any."""
+    if classes * size_along(axes) == num_classes:
+        return None
+    first = lax.axis_index(axes) * classes if axes else 0
+    return first + jnp.arange(classes, dtype=jnp.int32) < num_classes

@@ -3,15 +3,19 @@
 from typing import Any
 
 import jax
-from jax.sharding import get_abstract_mesh
+from jax.sharding import AbstractMesh, Mesh, get_abstract_mesh
 
 
-def platform_of(arrays: Any) -> str:
-    """The word "cpu", "gpu" or "tpu", by the arrays or their mesh, else the mesh or device in use, or JAX's default."""
+def platform_of(arrays: Any, mesh: Mesh | AbstractMesh | None = None) -> str:
+    """The word "cpu", "gpu" or "tpu".
+
+    By the mesh, the arrays or their mesh, else by the mesh or device in use, or JAX's default.
+    """
     leaves = jax.tree.leaves(arrays)
-    for mesh in (*(jax.typeof(leaf).sharding.mesh for leaf in leaves), get_abstract_mesh()):
-        if mesh.abstract_device is not None:
-            return mesh.abstract_device.platform
+    meshes = (mesh, *(jax.typeof(leaf).sharding.mesh for leaf in leaves), get_abstract_mesh())
+    for abstract in (each.abstract_mesh if isinstance(each, Mesh) else each for each in meshes):
+        if abstract is not None and abstract.abstract_device is not None:
+            return abstract.abstract_device.platform
     for leaf in leaves:
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
             return next(iter(leaf.devices())).platform

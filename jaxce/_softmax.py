@@ -185,25 +185,32 @@ def partial_sums(
     return Sums(maximum, m, jax.tree.map(lambda row: row.sum(0), rows))
 
 
-def merge(parts: Sums) -> Sums:
-    """The sums over all classes, from those over disjoint parts of them, stacked along axis 0."""
-    maximum = parts.maximum.max(0)
+def merge(
+    parts: Sums,
+    largest: Callable[[Array], Array] = lambda parts: parts.max(0),
+    total: Callable[[Array], Array] = lambda parts: parts.sum(0),
+) -> Sums:
+    """The sums over all classes, from those over disjoint parts of them, stacked along axis 0.
+
+    Or from parts that lie elsewhere, as on the devices of a mesh: `largest` and `total` reduce over them.
+    """
+    maximum = largest(parts.maximum)
     rise = finite(maximum) - parts.reference
     scale = jnp.where(parts.maximum == -jnp.inf, 0, jnp.exp(-rise))
 
     def merge_shares(part: Shares | None) -> Shares | None:
         if part is None:
             return None
-        return Shares(gap=(part.gap + part.mass * rise).sum(0), mass=part.mass.sum(0))
+        return Shares(gap=total(part.gap + part.mass * rise), mass=total(part.mass))
 
     exp, exp_x, target, smooth = parts.total
-    total = Terms(
-        exp=(scale * exp).sum(0),
-        exp_x=(scale * (exp_x - jnp.where(scale == 0, 0, rise) * exp)).sum(0),
+    merged = Terms(
+        exp=total(scale * exp),
+        exp_x=total(scale * (exp_x - jnp.where(scale == 0, 0, rise) * exp)),
         target=merge_shares(target),
         smooth=merge_shares(smooth),
     )
-    return Sums(maximum, finite(maximum), total)
+    return Sums(maximum, finite(maximum), merged)
 
 
 def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:

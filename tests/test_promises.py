@@ -16,7 +16,7 @@ import jaxce
 
 
 def test_public_names():
-    names = {"LossStats", "cross_entropy", "log_softmax", "nll_loss", "reference"}
+    names = {"LossStats", "cross_entropy", "log_softmax", "nll_loss", "reference", "sharded"}
     assert names <= set(jaxce.__all__)
     assert set(jaxce.__all__) <= names | {"linear_cross_entropy"}
     assert all(hasattr(jaxce, name) for name in jaxce.__all__)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce import _forms
-from jaxce._loops.shared import Config, Inputs, Projection, Seen, take_slab
+from jaxce._loops.across_devices import gather_features
+from jaxce._loops.shared import Config, Inputs, Projection, Seen, class_index, take_slab
+from jaxce._mesh import vary_alike
 from jaxce._softmax import Sums, cap_logits, finite
 
 # Where a logit is so far above the reference, the sums are made again. Up to there the exponentials of any number of
@@ -29,6 +31,8 @@ everywhere = False
 def first_reference(config: Config, inputs: Inputs, classes: int) -> Array:
     """For each token the largest logit of the first few of so many classes; -inf where none of them can happen."""
     few = take_slab(config, inputs, 0, min(FIRST_CLASSES, classes))
+    if config.gathers_slabs:
+        few = gather_features(config, few)
     return lax.stop_gradient(cap_logits(Projection(config).logits(few).max(1), inputs.softcap))
 
 
@@ -48,6 +52,8 @@ def read_once(platforms: Sequence[str], look: Callable[..., Seen], reference: Ar
 
 def near(look: Callable[..., Seen], reference: Array, *arrays: Any) -> Seen:
     """What `look` shows relative to `reference`; or to the maxima it found, if one of them is far above it."""
+    # `vmap` of a `cond` takes arrays of one kind only.
+    reference, arrays = vary_alike((reference, arrays))
     seen = look(finite(reference), *arrays)
     maximum = seen.sums.maximum
     # Infinitely far where `reference` is of impossible classes alone. NaN isn't far: it stays NaN either way.
@@ -62,13 +68,14 @@ def look_classes_first(config: Config, reference: Array, slab: Inputs, start: Ar
     logits = Projection(config).logits_of_classes(slab)
     weight = None if slab.class_weight is None else slab.class_weight[:, None]
     arrays = (logits, slab.targets, weight, slab.softcap, reference)
-    sums = config.form.sums(*arrays, smooth=config.smooth, first_class=start)
+    sums = config.form.sums(*arrays, smooth=config.smooth, first_class=class_index(config, start))
     return Seen(sums, start + jnp.argmax(logits, 0).astype(jnp.int32))
 
 
 def as_it_lies(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:
     """The kernel with that axis last which a TPU puts last: a `cond` would make a copy of it to have it otherwise."""
     rows, columns = inputs.kernel.shape
-    if config.platform != "tpu" or columns % 128 == 0 or rows % 128 != 0:
+    gathered = config.feature_axes and not config.gathers_slabs
+    if config.platform != "tpu" or columns % 128 == 0 or rows % 128 != 0 or gathered:
         return config, inputs
     return config._replace(transpose_kernel=not config.transpose_kernel), inputs._replace(kernel=inputs.kernel.T)

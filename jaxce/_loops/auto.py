@@ -24,7 +24,7 @@ def loop(platform: str, inputs: Inputs, reduction: str) -> Loop:
     return "tokens" if 16 * features <= math.prod(batch) * inputs.hidden.dtype.itemsize else "classes"
 
 
-def tokens_at_a_time(platform: str, inputs: Inputs, num_classes: int) -> int:
+def tokens_at_a_time(platform: str, inputs: Inputs, columns: int) -> int:
     """How many tokens a chunk has: a power of two, so that there is seldom a rest."""
     # Each chunk reads and writes the float32 gradient of the kernel, which takes about as long as the matmuls of a few
     # hundred tokens; so a chunk may take as much memory as that gradient, and a quarter more.
@@ -32,7 +32,7 @@ def tokens_at_a_time(platform: str, inputs: Inputs, num_classes: int) -> int:
     as_the_gradient = power_of_two(5 * features // (4 + matmul_dtype(inputs.hidden, inputs.kernel).itemsize))
     if platform == "cpu":
         # And at least a million logits, below which the steps of the loop cost more than what they do.
-        return max(128, as_the_gradient, power_of_two(2**20 // num_classes))
+        return max(128, as_the_gradient, power_of_two(2**20 // columns))
     # Fewer tokens are too few for the matrix units.
     return max(1024, as_the_gradient)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce._loops.accelerator import as_it_lies, first_reference, look_classes_first, read_once
+from jaxce._loops.across_devices import gather_features, merge_devices, own_features, scatter_features
 from jaxce._loops.auto import classes_at_a_time, classes_evaluated_at_a_time, tokens_beside_a_slab
 from jaxce._loops.cpu_room import room_of
 from jaxce._loops.shared import (
@@ -34,6 +35,7 @@ from jaxce._loops.shared import (
     without_left_out,
     zeros,
 )
+from jaxce._mesh import vary_alike
 from jaxce._softmax import Cotangents, Normalizer, Stats, is_index, keep, merge, read_stats
 
 # There, the sums over a slab are a part of its matmul; a GPU would have to ask its host whether to redo each slab.
@@ -61,11 +63,16 @@ def forward(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, 
             slab = take_slab(config, inputs, start, width)
             logits = Projection(config).logits(slab)
             return look(config, None, slab, logits, start), room_of(config, inputs).keep(room, logits, start)
-        look_at, start = partial(look_at_slab, config, width), jnp.asarray(start, jnp.int32)
+        start = jnp.asarray(start, jnp.int32)
+        if config.gathers_slabs:
+            # Before the question whether to do it again, which other devices may answer otherwise.
+            look_at, there = partial(look_at_slab, config), cut_slab(config, inputs, start, width)
+        else:
+            look_at, there = partial(look_at_classes, config, width), inputs
         if is_index(inputs.targets):
-            return read_once(ON_TPU, look_at, reference, inputs, start), None
+            return read_once(ON_TPU, look_at, reference, there, start), None
         # Of class probabilities a TPU would make a copy in case a slab is needed again.
-        return look_at(None, inputs, start), None
+        return look_at(None, there, start), None
 
     def step(carry: tuple[Seen, Array | None], start: Array | int, width: int) -> tuple[Any, None]:
         seen, room = carry
@@ -73,19 +80,24 @@ def forward(config: Config, inputs: Inputs, room: Array | None) -> tuple[Stats, 
         return (merge_seen(seen, more), room), None
 
     # The first slab starts the sums, so that merging has no empty sums to know of.
-    size = min(chunk_size(config, inputs), config.num_classes)
+    size = min(chunk_size(config, inputs), config.columns)
     carry = see(first_reference(config, inputs, size), 0, size, room)
-    if config.num_classes > size:
-        carry, _ = scan_chunks(step, carry, config.num_classes - size, size)
-    (sums, predicted), room = carry
+    if config.columns > size:
+        carry, _ = scan_chunks(step, carry, config.columns - size, size)
+    seen, room = carry
+    sums, predicted = merge_devices(config, seen)
     stats, normalizer = jax.vmap(read_stats)(sums, inputs.targets)
     return keep(inputs.live, stats), normalizer, predicted, room
 
 
-def look_at_slab(config: Config, size: int, reference: Array | None, inputs: Inputs, start: Array) -> Seen:
-    """What the classes from `start` show."""
+def look_at_classes(config: Config, size: int, reference: Array | None, inputs: Inputs, start: Array) -> Seen:
+    """What that many classes from `start` show."""
     # Cut where it is multiplied, or a TPU would make a copy of it in case it is needed again.
-    slab = take_slab(config, inputs, start, size)
+    return look_at_slab(config, reference, take_slab(config, inputs, start, size), start)
+
+
+def look_at_slab(config: Config, reference: Array | None, slab: Inputs, start: Array) -> Seen:
+    """What the classes of a slab show."""
     if reference is None:
         return look(config, None, slab, Projection(config).logits(slab), start)
     return look_classes_first(config, reference, slab, start)
@@ -137,7 +149,7 @@ def backward(
 
     def step(carry: tuple[Summed, list[PerToken]], start: Array | int, size: int) -> tuple[Any, None]:
         sums, per_token = carry
-        slabs = [part._replace(inputs=take_slab(config, part.inputs, start, size)) for part in parts]
+        slabs = [part._replace(inputs=cut_slab(config, part.inputs, start, size)) for part in parts]
         logits: list[Array | None] = [None] * len(parts)
         if sums.kernel is not None and kept:
             logits[0] = room_of(config, inputs).logits(sums.kernel, start, size)
@@ -158,17 +170,24 @@ def backward(
         PerToken(zeros(inputs.hidden, wanted.hidden, dtype), empty(inputs.targets, wanted.targets))
         for inputs, *_ in parts
     ]
-    (sums, per_token), _ = scan_chunks(step, (sums, per_token), config.num_classes, chunk_size(config, inputs))
+    (sums, per_token), _ = scan_chunks(step, (sums, per_token), config.columns, chunk_size(config, inputs))
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *per_token)
     softcap, hidden = jax.tree.map(lambda total: scale * total, (sums.softcap, whole.hidden))
     return sums._replace(softcap=softcap), whole._replace(hidden=hidden)
 
 
+def cut_slab(config: Config, inputs: Inputs, start: Array | int, size: int) -> Inputs:
+    """The inputs as they concern the classes from `start`, with all features of their kernel."""
+    slab = take_slab(config, inputs, start, size)
+    return gather_features(config, slab) if config.gathers_slabs else slab
+
+
 def to_be_written(config: Config, kernel: Array, want: bool) -> Array | None:
     """An array for the gradient of the kernel: every slab writes its part of it; 0 where the kernel is padding."""
+    kernel = own_features(config, kernel)
     axis = Projection(config).class_axis
-    padding = lax.slice_in_dim(kernel, config.num_classes, None, axis=axis)
-    place = (config.num_classes, 0) if axis == 0 else (0, config.num_classes)
+    padding = lax.slice_in_dim(kernel, config.columns, None, axis=axis)
+    place = (config.columns, 0) if axis == 0 else (0, config.columns)
     return put(empty(kernel, want), jnp.zeros_like(padding), place) if padding.size else empty(kernel, want)
 
 
@@ -211,14 +230,18 @@ def slab_gradients(
         return of_block(whole, 0, tokens)
     like, _ = jax.eval_shape(partial(of_block, first=0, tokens=block), whole)
     nothing = jax.tree.map(lambda share: jnp.zeros(share.shape, share.dtype), like)
+    nothing, _ = vary_alike((nothing, slab.inputs.hidden))
     return scan_chunks(step, (nothing, whole), tokens, block)[0]
 
 
 def finish_slab(config: Config, sums: Summed, share: Summed, start: Array | int, scale: Array | float) -> Summed:
     """The slab's share of a gradient with an axis of classes is final: it is written where it belongs."""
     place = (start, 0) if config.transpose_kernel else (0, start)
+    kernel = share.kernel
+    if kernel is not None and sums.kernel is not None:
+        kernel = scatter_features(config, (scale * kernel).astype(sums.kernel.dtype))
     return Summed(
-        kernel=put(sums.kernel, share.kernel, place, scale),
+        kernel=put(sums.kernel, kernel, place),
         bias=put(sums.bias, share.bias, (start,), scale),
         class_weight=put(sums.class_weight, share.class_weight, (start,), scale),
         softcap=add(sums.softcap, share.softcap),

@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from jaxce._compose import ExampleWeights, Options
 from jaxce._loops.accelerator import first_reference, read_once
+from jaxce._loops.across_devices import merge_devices
 from jaxce._loops.auto import tokens_at_a_time
 from jaxce._loops.shared import (
     Config,
@@ -40,7 +41,7 @@ ON_GPU = ("cuda", "rocm")
 
 def chunk_size(config: Config, inputs: Inputs) -> int:
     """How many tokens a chunk has."""
-    return config.chunk_size or tokens_at_a_time(config.platform, inputs, config.num_classes)
+    return config.chunk_size or tokens_at_a_time(config.platform, inputs, config.columns)
 
 
 def evaluate(config: Config, inputs: Inputs) -> tuple[Stats, Array]:
@@ -66,7 +67,7 @@ def backward(
     config: Config, wanted: Wanted, inputs: Inputs, normalizer: Normalizer, cotangents: Cotangents
 ) -> tuple[Summed, PerToken]:
     """The gradients for any cotangents of the numbers of `forward`; the logits are made again."""
-    inputs = cut_padding(config, inputs)
+    whole, inputs = inputs, cut_padding(config, inputs)
 
     def step(sums: Summed, start: Array | int, size: int) -> tuple[Summed, PerToken]:
         part = without_left_out(take_chunk(inputs, start, size))
@@ -75,37 +76,38 @@ def backward(
         shares, per_token = gradient_shares(config, wanted, part, logits, *numbers)
         return add(sums, shares), per_token
 
-    sums = zero_sums(inputs, wanted)
-    sums, outs = scan_chunks(step, sums, inputs.hidden.shape[0], chunk_size(config, inputs))
-    return sums, join(outs)
+    sums, outs = scan_chunks(step, zero_sums(inputs, wanted), inputs.hidden.shape[0], chunk_size(config, inputs))
+    return with_padding(whole, sums), join(outs)
 
 
 def loss_and_gradients(
     config: Config, wanted: Wanted, inputs: Inputs, weights: ExampleWeights, options: Options
 ) -> tuple[tuple[Array, tuple[Stats, Array]], tuple[Summed, PerToken, ExampleWeights, Options]]:
     """The sum of the losses with the numbers of every token, and the gradients of that sum."""
-    inputs = cut_padding(config, inputs)
+    whole, inputs = inputs, cut_padding(config, inputs)
 
     def step(carry: tuple[Summed, Options], start: Array | int, size: int) -> tuple[Any, Any]:
         sums, option_sums = carry
-        part = without_left_out(take_chunk(inputs, start, size))
+        part = take_chunk(inputs, start, size)
         part_weights = take_tokens(weights, start, size)
         logits = Projection(config).logits(part)
         stats, normalizer, predicted = forward_chunk(config, part, logits)
         loss, cotangents, of_weights, of_options = compose_gradients(config, stats, part_weights, options)
-        shares, per_token = gradient_shares(config, wanted, part, logits, normalizer, cotangents)
+        clean = without_left_out(part)
+        shares, per_token = gradient_shares(config, wanted, clean, logits, normalizer, cotangents)
         return (add(sums, shares), add(option_sums, of_options)), (per_token, of_weights, loss[None], stats, predicted)
 
     carry = (zero_sums(inputs, wanted), jax.tree.map(jnp.zeros_like, options))
     (sums, option_sums), outs = scan_chunks(step, carry, inputs.hidden.shape[0], chunk_size(config, inputs))
     per_token, of_weights, losses, stats, predicted = join(outs)
-    return (losses.sum(), (stats, predicted)), (sums, per_token, of_weights, option_sums)
+    gradients = with_padding(whole, sums), per_token, of_weights, option_sums
+    return (losses.sum(), (stats, predicted)), gradients
 
 
 def forward_chunk(config: Config, inputs: Inputs, logits: Array) -> tuple[Stats, Normalizer, Array]:
     """`forward` of the tokens of `inputs`."""
-    reference = first_reference(config, inputs, config.num_classes)
-    sums, predicted = read_once(ON_GPU, partial(look, config), reference, inputs, logits, 0)
+    reference = first_reference(config, inputs, config.columns)
+    sums, predicted = merge_devices(config, read_once(ON_GPU, partial(look, config), reference, inputs, logits, 0))
     stats, normalizer = jax.vmap(read_stats)(sums, inputs.targets)
     return keep(inputs.live, stats), normalizer, predicted
 
@@ -123,8 +125,20 @@ def zero_sums(inputs: Inputs, wanted: Wanted) -> Summed:
 def cut_padding(config: Config, inputs: Inputs) -> Inputs:
     """`inputs` without the classes that are padding: a copy of the kernel, where it has any."""
     axis = Projection(config).class_axis
-    kernel = lax.slice_in_dim(inputs.kernel, 0, config.num_classes, axis=axis)
-    return inputs._replace(kernel=kernel, bias=None if inputs.bias is None else inputs.bias[: config.num_classes])
+    kernel = lax.slice_in_dim(inputs.kernel, 0, config.columns, axis=axis)
+    return inputs._replace(kernel=kernel, bias=None if inputs.bias is None else inputs.bias[: config.columns])
+
+
+def with_padding(inputs: Inputs, sums: Summed) -> Summed:
+    """The gradients of what `cut_padding` has cut, with zeros for the padding."""
+
+    def pad(gradient: Array | None, primal: Array | None) -> Array | None:
+        if gradient is None or primal is None:
+            return None
+        lacking = [(0, long - short) for long, short in zip(primal.shape, gradient.shape, strict=True)]
+        return jnp.pad(gradient, lacking)
+
+    return sums._replace(kernel=pad(sums.kernel, inputs.kernel), bias=pad(sums.bias, inputs.bias))
 
 
 def join(outs: list[Any]) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce._compose import ExampleWeights, Options, example_losses
-from jaxce._mesh import vary_alike
+from jaxce._mesh import Axes, vary_alike
 from jaxce._softmax import Cotangents, Form, Normalizer, Stats, Sums, Tree, compute_dtype, is_index
 
 Loop: TypeAlias = Literal["tokens", "classes"]
@@ -28,11 +28,16 @@ class Config(NamedTuple):
     either_loop: bool  # the other loop may be taken where fewer gradients are wanted
     keeps_logits: bool  # the loop over classes keeps some of them for the backward pass, see `cpu_room.py`
     chunk_size: int | None  # tokens or classes at a time
-    num_classes: int  # columns of the kernel beyond these are padding
+    num_classes: int  # of the loss
+    columns: int  # of the kernel, those that are worked on here; others are padding
     transpose_kernel: bool
     precision: lax.PrecisionLike
     smooth: bool  # with `smooth_nll`
     form: Form
+    # On a mesh, see `across_devices.py`.
+    class_axes: Axes = ()  # each device has its own classes, the same number of them
+    feature_axes: Axes = ()  # each device has its own features of the kernel
+    gathers_slabs: bool = False  # and no device gathers more than a slab at a time
 
 
 class Inputs(NamedTuple):
@@ -45,6 +50,7 @@ class Inputs(NamedTuple):
     class_weight: Array | None  # (num_classes,)
     softcap: Array | None
     live: Array | None  # (N,)
+    real: Array | None = None  # (C,) False for columns that are padding, where another device has none or fewer
 
 
 def matmul_dtype(a: Array, b: Array) -> jnp.dtype:
@@ -75,14 +81,21 @@ class Projection(NamedTuple):
 
     def logits(self, inputs: Inputs) -> Array:
         logits = self._dot(inputs.hidden, 1, inputs.kernel, 1 - self.class_axis)
-        return logits if inputs.bias is None else logits + inputs.bias.astype(logits.dtype)
+        if inputs.bias is not None:
+            logits += inputs.bias.astype(logits.dtype)
+        return logits if inputs.real is None else jnp.where(inputs.real, logits, -jnp.inf)
 
     def logits_of_classes(self, inputs: Inputs) -> Array:
         """The logits with the classes first, (C, N)."""
         logits = self._dot(inputs.kernel, 1 - self.class_axis, inputs.hidden, 1)
-        return logits if inputs.bias is None else logits + inputs.bias.astype(logits.dtype)[:, None]
+        if inputs.bias is not None:
+            logits += inputs.bias.astype(logits.dtype)[:, None]
+        return logits if inputs.real is None else jnp.where(inputs.real[:, None], logits, -jnp.inf)
 
-    def hidden_gradient(self, dlogits: Array, kernel: Array) -> Array:
+    def hidden_gradient(self, dlogits: Array, inputs: Inputs) -> Array:
+        kernel = inputs.kernel
+        if inputs.real is not None:
+            kernel = jnp.where(jnp.expand_dims(inputs.real, 1 - self.class_axis), kernel, 0)
         return self._dot(dlogits, 1, kernel, self.class_axis)
 
     def kernel_gradient(self, hidden: Array, dlogits: Array) -> Array:
@@ -142,23 +155,29 @@ def take_slab(config: Config, inputs: Inputs, start: Array | int, size: int) -> 
         bias=take(inputs.bias),
         targets=inputs.targets if is_index(inputs.targets) else take(inputs.targets, 1),
         class_weight=take(inputs.class_weight),
+        real=take(inputs.real),
     )
+
+
+def class_index(config: Config, column: Array | int) -> Array | int:
+    """Which of all classes a column of the kernel is."""
+    return lax.axis_index(config.class_axes) * config.columns + column if config.class_axes else column
 
 
 class Seen(NamedTuple):
     """What the forward pass knows of some of the classes."""
 
     sums: Sums
-    predicted: Array  # the class of the largest logit
+    predicted: Array  # the column of the largest logit
 
 
-def look(config: Config, reference: Array | None, inputs: Inputs, logits: Array, first_class: Array | int) -> Seen:
-    """What (N, C) logits show, relative to a number for each token, or to its largest logit."""
+def look(config: Config, reference: Array | None, inputs: Inputs, logits: Array, start: Array | int) -> Seen:
+    """What (N, C) logits from the column `start` show, relative to a number for each token, or to its largest logit."""
     sums = jax.vmap(
-        partial(config.form.sums, smooth=config.smooth, first_class=first_class),
+        partial(config.form.sums, smooth=config.smooth, first_class=class_index(config, start)),
         (0, 0, None, None, None if reference is None else 0),
     )(logits, inputs.targets, inputs.class_weight, inputs.softcap, reference)
-    return Seen(sums, first_class + jnp.argmax(logits, -1).astype(jnp.int32))
+    return Seen(sums, start + jnp.argmax(logits, -1).astype(jnp.int32))
 
 
 @jax.tree_util.register_static
@@ -218,9 +237,10 @@ def gradient_shares(
     logits: Array,
     normalizer: Normalizer,
     cotangents: Cotangents,
-    first_class: Array | int = 0,
+    start: Array | int = 0,
 ) -> tuple[Summed, PerToken]:
-    """What these tokens and classes add to each gradient that is wanted."""
+    """What these tokens and the classes from the column `start` add to each gradient that is wanted."""
+    first_class = class_index(config, start)
     per_class = (inputs.class_weight, inputs.softcap)
     gradients: Any = jax.vmap(partial(config.form.gradients, first_class=first_class), (0, 0, None, None, 0, 0, 0))(
         logits, inputs.targets, *per_class, inputs.live, normalizer, cotangents
@@ -235,20 +255,9 @@ def gradient_shares(
         softcap=gradients.softcap.sum(0) if wanted.softcap else None,
     )
     return summed, PerToken(
-        hidden=project.hidden_gradient(narrow, inputs.kernel) if wanted.hidden else None,
+        hidden=project.hidden_gradient(narrow, inputs) if wanted.hidden else None,
         targets=gradients.target if wanted.targets else None,
     )
-
-
-def as_cotangents(inputs: Inputs, sums: Summed, per_token: PerToken) -> Any:
-    """Each gradient in its input's dtype and shape; the only place where a sum over chunks of tokens is rounded."""
-
-    def like(gradient: Array, primal: Array) -> Array:
-        padding = [(0, whole - part, 0) for whole, part in zip(primal.shape, gradient.shape, strict=True)]
-        return lax.pad(gradient.astype(primal.dtype), jnp.zeros((), primal.dtype), padding)
-
-    gradients = (per_token.hidden, sums.kernel, sums.bias, per_token.targets, sums.class_weight, sums.softcap, None)
-    return Inputs(*(g if g is None else like(g, x) for g, x in zip(gradients, inputs, strict=True)))  # type: ignore[arg-type]
 
 
 def compose(config: Config, stats: Stats, weights: ExampleWeights, options: Options) -> Array:

@@ -1,0 +1,353 @@
+"""`jaxce.sharded` on eight virtual devices: the numbers, gradients and layouts of what lies on one device."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_trees_close, distributions, indices, normal, positive
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxce
+from jaxce import sharded
+
+AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+STRATEGIES = pytest.mark.parametrize("strategy", ["tokens", "classes"])
+
+# Eight sequences of six tokens; 24 columns.
+BATCH, FEATURES, COLUMNS = (8, 6), 16, 24
+# How the hidden states and the kernel lie.
+LAYOUTS = {
+    "data": (P("data"), P()),
+    "data, both axes": (P(("data", "model")), P()),
+    "classes": (P(), P(None, "model")),
+    "classes, both axes": (P(), P(None, ("model", "data"))),
+    "data and classes": (P("data"), P(None, "model")),
+    "FSDP": (P(("data", "model")), P("data")),
+    "FSDP and classes": (P("data"), P("data", "model")),
+    "FSDP by classes": (P(("data", "model")), P(None, ("data", "model"))),
+    "FSDP by classes and classes": (P("data"), P(None, ("data", "model"))),
+    "FSDP over an axis without tokens": (P("model"), P("data", "model")),
+    "sequences": (P(None, "model"), P("data", "model")),
+    "data, sequences and classes": (P("data", "model"), P(None, "model")),
+    "data, sequences, FSDP and classes": (P("data", "model"), P("data", "model")),
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+def mesh_of(axis_type):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+
+
+def problem(num_classes=COLUMNS):
+    """Hidden states, kernel and labels, some of them ignored; padding of the kernel holds NaN."""
+    kernel = normal((FEATURES, COLUMNS), 1, np.float64) / 4
+    labels = indices(BATCH, num_classes).at[1, 2].set(-100).at[5].set(-100)
+    return normal((*BATCH, FEATURES), 0, np.float64), kernel.at[:, num_classes:].set(jnp.nan), labels
+
+
+def place(mesh, array, spec):
+    return jax.device_put(array, NamedSharding(mesh, spec))
+
+
+def of_batch(spec):
+    return P(*spec[:2])
+
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def options_of(name, num_classes=COLUMNS):
+    """Options, and arrays whose gradients are compared too."""
+    weight = positive((num_classes,), 3, np.float64)
+    probabilities = distributions((*BATCH, num_classes), seed=5, dtype=np.float64)
+    arrays = {
+        "bias": normal((COLUMNS,), 2, np.float64),
+        "weight": weight,
+        "sample_weight": positive(BATCH, 4, np.float64),
+        "label_smoothing": jnp.asarray(0.1),
+        "z_loss": jnp.asarray(0.05),
+        "logit_softcap": jnp.asarray(3.0),
+    }
+    return {
+        "plain": ({}, {}),
+        "sum": ({"reduction": "sum"}, {}),
+        "none": ({"reduction": "none"}, {}),
+        "everything": ({"where": normal(BATCH, 9) > -1}, arrays),
+        "probabilities": ({}, {"labels": probabilities, "weight": weight}),
+        "transposed": ({"transpose_kernel": True, "label_smoothing": 0.1}, {}),
+    }[name]
+
+
+OPTIONS = ["plain", "sum", "none", "everything", "probabilities", "transposed"]
+
+
+def with_gradients(loss, hidden, kernel, labels, statics, arrays):
+    """The loss with its stats, and the gradient of a weighting of it in every float array."""
+
+    def weighted(floats):
+        given = {"labels": labels, **floats, **statics}
+        value, stats = loss(**given, return_stats=True)
+        return (positive(value.shape, 7, value.dtype) * value).sum(), (value, stats)
+
+    floats = {"hidden": hidden, "kernel": kernel, **arrays}
+    (_, found), gradients = jax.value_and_grad(weighted, has_aux=True)(floats)
+    return found, gradients
+
+
+# LLVM's optimizations change no value, and take most of the time.
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+
+@cache
+def unsharded(option, num_classes):
+    """The loss and gradients on one device."""
+    statics, arrays = options_of(option, num_classes)
+    hidden, kernel, labels = problem(num_classes)
+    kernel = kernel.T if statics.get("transpose_kernel") else kernel
+    statics |= {"num_classes": num_classes, "chunk_size": 24}
+    step = partial(with_gradients, jaxce.linear_cross_entropy, statics=statics, arrays=arrays)
+    return jax.jit(step, compiler_options=QUICKLY)(hidden, kernel, labels)
+
+
+def compare(layout, axis_type, strategy, option="everything", num_classes=COLUMNS, **how):
+    """The loss on a mesh beside the loss on one device; returns the gradients."""
+    hidden, kernel, labels = problem(num_classes)
+    of_hidden, of_kernel = layout
+    statics, arrays = options_of(option, num_classes)
+    if statics.get("transpose_kernel"):
+        kernel, of_kernel = kernel.T, P(*(*of_kernel, None, None)[:2][::-1])
+    statics = {**statics, "strategy": strategy, "chunk_size": 5, "num_classes": num_classes}
+    mesh = mesh_of(axis_type)
+    with jax.set_mesh(mesh):
+        placed = place(mesh, hidden, of_hidden), place(mesh, kernel, of_kernel)
+        if axis_type == AxisType.Auto:
+            how |= {"hidden_spec": of_hidden, "kernel_spec": of_kernel}
+        step = partial(with_gradients, partial(sharded.linear_cross_entropy, **how), statics=statics, arrays=arrays)
+        got = jax.jit(step, compiler_options=QUICKLY)(*placed, place(mesh, labels, P(*of_hidden[:2])))
+    assert_trees_close(got, unsharded(option, num_classes))
+    _, gradients = got
+    for name, array in zip(("hidden", "kernel"), placed, strict=True):
+        assert gradients[name].sharding.is_equivalent_to(array.sharding, array.ndim)
+    return gradients
+
+
+@every_layout
+@AXIS_TYPES
+def test_layouts(layout, axis_type):
+    compare(layout, axis_type, "classes")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@STRATEGIES
+def test_options(option, strategy):
+    compare(LAYOUTS["data, sequences, FSDP and classes"], AxisType.Auto, strategy, option)
+
+
+@pytest.mark.parametrize(
+    ("layout", "strategy", "option"),
+    [
+        ("FSDP and classes", "tokens", "everything"),
+        ("FSDP and classes", "classes", "probabilities"),
+        ("FSDP by classes", "tokens", "probabilities"),
+        ("FSDP by classes", "classes", "everything"),
+        ("classes, both axes", "tokens", "probabilities"),
+        ("classes, both axes", "classes", "everything"),
+    ],
+)
+def test_classes_that_devices_cannot_share_evenly(layout, strategy, option):
+    """The last devices have fewer than the others, or none."""
+    gradients = compare(LAYOUTS[layout], AxisType.Auto, strategy, option, num_classes=11)
+    assert not gradients["kernel"][:, 11:].any()
+
+
+@pytest.mark.parametrize(
+    ("layout", "option"),
+    [
+        ("FSDP and classes", "everything"),
+        ("FSDP and classes", "none"),
+        ("FSDP", "probabilities"),
+        ("data, sequences, FSDP and classes", "transposed"),
+    ],
+)
+def test_kernel_gathered_slab_by_slab(layout, option):
+    compare(LAYOUTS[layout], AxisType.Auto, "classes", option, kernel_gather="slabs")
+
+
+# Logits.
+
+
+def of_logits(logits, labels, options, loss):
+    value, pull, stats = jax.vjp(lambda x, o: loss(x, labels, **o, return_stats=True), logits, options, has_aux=True)
+    return value, stats, pull(positive(value.shape, 7, value.dtype))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("num_classes", [COLUMNS, 11])
+@pytest.mark.parametrize(
+    ("spec", "axis"),
+    [(P("data"), -1), (P(None, None, ("data", "model")), -1), (P("data", "model", None), 1), (P("model", "data"), 1)],
+)
+@AXIS_TYPES
+def test_logits(axis_type, spec, axis, num_classes, reduction):
+    shape = (8, 6, COLUMNS) if axis == -1 else (8, COLUMNS, 6)
+    logits = normal(shape, 0, np.float64)
+    padded = jnp.where(jnp.arange(COLUMNS) < num_classes, jnp.moveaxis(logits, axis, -1), jnp.nan)
+    logits, cut = jnp.moveaxis(padded, -1, axis), jnp.moveaxis(padded[..., :num_classes], -1, axis)
+    labels = indices((8, 6), num_classes).at[1, 2].set(-100).at[5].set(-100)
+    options = {
+        "weight": positive((num_classes,), 3, np.float64),
+        "sample_weight": positive((8, 6), 4, np.float64),
+        "label_smoothing": jnp.asarray(0.1),
+        "z_loss": jnp.asarray(0.05),
+        "logit_softcap": jnp.asarray(3.0),
+    }
+    how = {"axis": axis, "reduction": reduction}
+    value, stats, (of_scores, of_options) = of_logits(cut, labels, options, partial(jaxce.cross_entropy, **how))
+    padding = [(0, 0)] * 3
+    padding[axis] = (0, COLUMNS - num_classes)
+    want = value, stats, (jnp.pad(of_scores, padding), of_options)
+    mesh = mesh_of(axis_type)
+    with jax.set_mesh(mesh):
+        placed = place(mesh, logits, spec)
+        given = how if axis_type == AxisType.Explicit else how | {"logits_spec": spec}
+        loss = partial(sharded.cross_entropy, num_classes=num_classes, **given)
+        got = jax.jit(partial(of_logits, loss=loss), compiler_options=QUICKLY)(placed, labels, options)
+    assert_trees_close(got, want)
+    assert got[2][0].sharding.is_equivalent_to(placed.sharding, 3)
+
+
+def test_class_probabilities_beside_logits():
+    logits, labels = normal((8, 11), 0, np.float64), distributions((8, 11), dtype=np.float64)
+    padded = jnp.pad(logits, [(0, 0), (0, 1)], constant_values=jnp.nan)
+    mesh = mesh_of(AxisType.Auto)
+    loss = partial(sharded.cross_entropy, mesh=mesh, logits_spec=P("model", "data"), num_classes=11)
+    got = jax.value_and_grad(loss, (0, 1))(padded, labels)
+    want, (of_scores, of_labels) = jax.value_and_grad(jaxce.cross_entropy, (0, 1))(logits, labels)
+    assert_trees_close(got, (want, (jnp.pad(of_scores, [(0, 0), (0, 1)]), of_labels)))
+
+
+# Where the mesh and the specs come from.
+
+SPECS = {"hidden_spec": P("data"), "kernel_spec": P("data", "model")}
+
+
+def plain_gradients(loss=jaxce.linear_cross_entropy, **options):
+    return jax.value_and_grad(partial(loss, **options), (0, 1))
+
+
+def test_arrays_that_tell_where_they_lie():
+    hidden, kernel, labels = problem()
+    mesh = mesh_of(AxisType.Auto)
+    placed = place(mesh, hidden, P("data")), place(mesh, kernel, P("data", "model"))
+    assert_close(sharded.linear_cross_entropy(*placed, labels), jaxce.linear_cross_entropy(hidden, kernel, labels))
+
+
+def test_mesh_and_specs_that_are_passed():
+    hidden, kernel, labels = problem()
+    mesh = mesh_of(AxisType.Auto)
+    got = jax.jit(plain_gradients(sharded.linear_cross_entropy, mesh=mesh, **SPECS))(hidden, kernel, labels)
+    assert_trees_close(got, plain_gradients()(hidden, kernel, labels))
+
+
+@pytest.mark.parametrize("layout", ["FSDP and classes", "data, sequences and classes"])
+def test_plain_function_on_an_explicit_mesh_is_the_sharded_one(layout):
+    hidden, kernel, labels = problem()
+    of_hidden, of_kernel = LAYOUTS[layout]
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        arguments = place(mesh, hidden, of_hidden), place(mesh, kernel, of_kernel), labels
+        plain, ours = (
+            jax.jit(plain_gradients(loss)).lower(*arguments).as_text()
+            for loss in (jaxce.linear_cross_entropy, sharded.linear_cross_entropy)
+        )
+        logits = place(mesh, normal((8, COLUMNS)), P("data", "model"))
+        of_scores, ours_of_scores = (
+            jax.jit(jax.value_and_grad(loss)).lower(logits, labels[:, 0]).as_text()
+            for loss in (jaxce.cross_entropy, sharded.cross_entropy)
+        )
+    assert plain == ours
+    assert of_scores == ours_of_scores
+    assert "manual_computation" in plain
+
+
+def test_plain_function_on_an_explicit_mesh_that_holds_features():
+    """No device could do its part of it, so that XLA places what is inside."""
+    hidden, kernel, labels = problem()
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        placed = place(mesh, hidden, P(None, None, "data")), place(mesh, kernel, P("data", "model"))
+        got = jax.jit(plain_gradients())(*placed, labels)
+    assert_trees_close(got, plain_gradients()(hidden, kernel, labels))
+
+
+@pytest.mark.parametrize("option", ["everything", "probabilities", "none"])
+@STRATEGIES
+def test_inside_of_a_shard_map(option, strategy):
+    hidden, kernel, labels = problem()
+    statics, arrays = options_of(option)
+    where = statics.pop("where", None)
+    statics |= {"strategy": strategy, "chunk_size": 5}
+    of_arrays = {
+        "sample_weight": P("data"),
+        "bias": P("model"),
+        "labels": P("data", None, "model"),
+    }
+
+    def local(given, where):
+        options = {**statics, "where": where, "batch_axes": "data", "class_axes": "model"}
+        return sharded.linear_cross_entropy(**given, **options)
+
+    given = {"hidden": hidden, "kernel": kernel, "labels": labels} | arrays
+    specs = {name: of_arrays.get(name, P()) for name in given}
+    specs |= {"hidden": P("data"), "kernel": P(None, "model")}
+    if option != "probabilities":
+        specs["labels"] = P("data")
+    out = P("data") if statics.get("reduction") == "none" else P()
+    loss = jax.shard_map(local, mesh=mesh_of(AxisType.Auto), in_specs=(specs, P("data")), out_specs=out)
+    floats = {name: array for name, array in given.items() if jnp.issubdtype(array.dtype, jnp.floating)}
+
+    def weighted(floats, loss):
+        value = loss(given | floats)
+        return (positive(value.shape, 7, value.dtype) * value).sum()
+
+    got = jax.jit(jax.value_and_grad(partial(weighted, loss=lambda given: loss(given, where))))(floats)
+    want = jax.value_and_grad(
+        partial(weighted, loss=lambda g: jaxce.linear_cross_entropy(**g, **statics, where=where))
+    )(floats)
+    assert_trees_close(got, want)
+
+
+def test_logits_inside_of_a_shard_map():
+    logits, labels = normal((8, COLUMNS), 0, np.float64), indices((8,), 23)
+
+    def local(logits, labels):
+        return sharded.cross_entropy(logits, labels, batch_axes="model", class_axes="data", num_classes=23)
+
+    loss = jax.shard_map(local, mesh=mesh_of(AxisType.Auto), in_specs=(P("model", "data"), P("model")), out_specs=P())
+    want, gradient = jax.value_and_grad(jaxce.cross_entropy)(logits[:, :23], labels)
+    assert_trees_close(jax.jit(jax.value_and_grad(loss))(logits, labels), (want, jnp.pad(gradient, [(0, 0), (0, 1)])))
+
+
+# What XLA makes of them.
+
+
+@STRATEGIES
+def test_second_derivatives_and_vmap(strategy):
+    hidden, kernel, labels = problem()
+    direction = normal(kernel.shape, 8, np.float64)
+    options = {"strategy": strategy, "chunk_size": 5}
+    mesh = mesh_of(AxisType.Auto)
+
+    def product(loss):
+        gradient = jax.grad(lambda kernel: loss(hidden, kernel, labels, **options))
+        return jax.jvp(gradient, (kernel,), (direction,))[1]
+
+    def each(loss):
+        return jax.vmap(lambda scale: loss(hidden, scale * kernel, labels, **options))(jnp.asarray([1.0, 2.0]))
+
+    ours = partial(sharded.linear_cross_entropy, mesh=mesh, **SPECS)
+    assert_close(jax.jit(partial(product, ours))(), product(jaxce.linear_cross_entropy), 1e-10)
+    assert_close(jax.jit(partial(each, ours))(), each(jaxce.linear_cross_entropy))
