@@ -16,7 +16,7 @@ from jaxce._compose import Options, divide, example_losses, example_weights, wei
 from jaxce._layout import Layout, constrain, layout_of_projection, layout_of_types, on_mesh
 from jaxce._loops import Config, Inputs, Loop, choose_loop, linear_stats, matmul_dtype, summed_loss
 from jaxce._losses import LossStats, Reduction, out_specs
-from jaxce._mesh import axes_of, explicit_mesh, own_part, real_part, size_along, total, vary_over
+from jaxce._mesh import automatic_devices, axes_of, explicit_mesh, own_part, real_part, size_along, total, vary_over
 from jaxce._platform import platform_of
 from jaxce._softmax import compute_dtype, is_index
 
@@ -250,11 +250,15 @@ def configure(
 ) -> Config:
     """What is known of the loop when the function is traced."""
     auto = projection.strategy == "auto"
+    tokens = inputs.hidden.shape[0]
+    groups = math.gcd(tokens, automatic_devices()) if layout is None else 1
     gathers_slabs = layout is not None and layout.gathers_slabs and bool(layout.features)
     if gathers_slabs:
         loop: Loop = "classes"
+    elif auto:
+        loop = choose_loop(projection.platform, inputs, options.reduction, groups)
     else:
-        loop = choose_loop(projection.platform, inputs, options.reduction) if auto else cast(Loop, projection.strategy)
+        loop = cast(Loop, projection.strategy)
     sharded = layout is not None and bool(layout.classes)
     return Config(
         platform=projection.platform,
@@ -271,6 +275,7 @@ def configure(
         smooth=options.label_smoothing is not None,
         form=_forms.chosen(),
         class_axes=() if layout is None else layout.classes,
+        groups=groups,
         feature_axes=() if layout is None else layout.features,
         gathers_slabs=gathers_slabs,
     )

@@ -5,13 +5,14 @@ those devices, which JAX's types know; the gradients of what is the same everywh
 `vary_over`.
 """
 
+import math
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, get_abstract_mesh
 
 from jaxce._softmax import Form, Gradients, Sums, merge
 
@@ -26,6 +27,13 @@ def explicit_mesh(arrays: Any) -> AbstractMesh | None:
         if AxisType.Explicit in mesh.axis_types:
             return mesh
     return None
+
+
+def automatic_devices() -> int:
+    """How many devices lie along the automatic axes of the mesh in use, over which any array may be sharded."""
+    mesh = get_abstract_mesh()
+    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in sizes if kind == AxisType.Auto)
 
 
 def axes_of(arrays: Any) -> frozenset[Any]:

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxce
-from jaxce import sharded
+from jaxce import _forms, sharded
+from jaxce._loops import accelerator
 
 AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 STRATEGIES = pytest.mark.parametrize("strategy", ["tokens", "classes"])
@@ -112,7 +113,9 @@ def unsharded(option, num_classes):
     return jax.jit(step, compiler_options=QUICKLY)(hidden, kernel, labels)
 
 
-def compare(layout, axis_type, strategy, option="everything", num_classes=COLUMNS, **how):
+def compare(
+    layout, axis_type, strategy, option="everything", num_classes=COLUMNS, loss=sharded.linear_cross_entropy, **how
+):
     """The loss on a mesh beside the loss on one device; returns the gradients."""
     hidden, kernel, labels = problem(num_classes)
     of_hidden, of_kernel = layout
@@ -123,14 +126,15 @@ def compare(layout, axis_type, strategy, option="everything", num_classes=COLUMN
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
         placed = place(mesh, hidden, of_hidden), place(mesh, kernel, of_kernel)
-        if axis_type == AxisType.Auto:
+        if axis_type == AxisType.Auto and loss is sharded.linear_cross_entropy:
             how |= {"hidden_spec": of_hidden, "kernel_spec": of_kernel}
-        step = partial(with_gradients, partial(sharded.linear_cross_entropy, **how), statics=statics, arrays=arrays)
+        step = partial(with_gradients, partial(loss, **how), statics=statics, arrays=arrays)
         got = jax.jit(step, compiler_options=QUICKLY)(*placed, place(mesh, labels, P(*of_hidden[:2])))
     assert_trees_close(got, unsharded(option, num_classes))
     _, gradients = got
     for name, array in zip(("hidden", "kernel"), placed, strict=True):
-        assert gradients[name].sharding.is_equivalent_to(array.sharding, array.ndim)
+        if loss is sharded.linear_cross_entropy:
+            assert gradients[name].sharding.is_equivalent_to(array.sharding, array.ndim)
     return gradients
 
 
@@ -174,6 +178,38 @@ def test_classes_that_devices_cannot_share_evenly(layout, strategy, option):
 )
 def test_kernel_gathered_slab_by_slab(layout, option):
     compare(LAYOUTS[layout], AxisType.Auto, "classes", option, kernel_gather="slabs")
+
+
+@pytest.mark.parametrize(
+    ("layout", "strategy", "option"),
+    [
+        ("FSDP and classes", "auto", "everything"),
+        ("FSDP and classes", "tokens", "none"),
+        ("FSDP and classes", "classes", "everything"),
+        ("data, sequences and classes", "auto", "probabilities"),
+    ],
+)
+def test_plain_function_on_an_automatic_mesh(layout, strategy, option):
+    loss = jaxce.linear_cross_entropy
+    compare(LAYOUTS[layout], AxisType.Auto, strategy, option, num_classes=23, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "how"), [("tokens", {}), ("classes", {}), ("classes", {"kernel_gather": "slabs"})]
+)
+def test_a_slab_that_one_device_does_again(strategy, how, monkeypatch):
+    """A hot class for some tokens on one device: far above the reference, there alone."""
+    monkeypatch.setattr(accelerator, "everywhere", True)
+    monkeypatch.setattr(_forms, "enabled", False)
+    monkeypatch.setattr(sharded, "platform_of", lambda arrays, mesh: "tpu")
+    jax.clear_caches()
+    hidden, kernel, labels = problem()
+    hidden, kernel = hidden.at[:2].multiply(300), kernel.at[:, 17].multiply(30)
+    want = plain_gradients(lambda h, w, y: jaxce.reference.cross_entropy(h @ w, y))(hidden, kernel, labels)
+    mesh = mesh_of(AxisType.Auto)
+    loss = partial(sharded.linear_cross_entropy, mesh=mesh, strategy=strategy, chunk_size=5, **SPECS, **how)
+    assert_trees_close(jax.jit(plain_gradients(loss))(hidden, kernel, labels), want, 1e-10)
+    jax.clear_caches()
 
 
 # Logits.

@@ -9,11 +9,16 @@ from jaxce._loops.shared import Inputs, Loop, matmul_dtype
 
 # On a CPU, "auto" is "tokens" for kernels of at most so many entries, whose gradient stays in the cache.
 SMALL_KERNEL = 2**21
+# Into how many chunks of tokens XLA's partitioner is given the loop.
+MESH_CHUNKS = 4
 
 
-def loop(platform: str, inputs: Inputs, reduction: str) -> Loop:
+def loop(platform: str, inputs: Inputs, reduction: str, groups: int) -> Loop:
     """The loop that "auto" picks."""
     *batch, features = inputs.hidden.shape
+    if groups > 1:
+        # Of a slab of classes XLA may find a part on each device of a mesh: it would send the slabs around.
+        return "tokens"
     if reduction == "none" or platform == "tpu":
         return "classes"
     if platform == "cpu":
@@ -24,8 +29,11 @@ def loop(platform: str, inputs: Inputs, reduction: str) -> Loop:
     return "tokens" if 16 * features <= math.prod(batch) * inputs.hidden.dtype.itemsize else "classes"
 
 
-def tokens_at_a_time(platform: str, inputs: Inputs, columns: int) -> int:
+def tokens_at_a_time(platform: str, inputs: Inputs, columns: int, groups: int) -> int:
     """How many tokens a chunk has: a power of two, so that there is seldom a rest."""
+    if groups > 1:
+        # Devices of a mesh may have to send each other the kernel and its gradient for each chunk.
+        return -(-inputs.hidden.shape[0] // MESH_CHUNKS)
     # Each chunk reads and writes the float32 gradient of the kernel, which takes about as long as the matmuls of a few
     # hundred tokens; so a chunk may take as much memory as that gradient, and a quarter more.
     features = inputs.hidden.shape[1]

@@ -23,6 +23,7 @@ from jaxce._loops.shared import (
     Summed,
     Wanted,
     add,
+    compose,
     compose_gradients,
     gradient_shares,
     look,
@@ -41,7 +42,8 @@ ON_GPU = ("cuda", "rocm")
 
 def chunk_size(config: Config, inputs: Inputs) -> int:
     """How many tokens a chunk has."""
-    return config.chunk_size or tokens_at_a_time(config.platform, inputs, config.columns)
+    size = config.chunk_size or tokens_at_a_time(config.platform, inputs, config.columns, config.groups)
+    return -(-size // config.groups) * config.groups
 
 
 def evaluate(config: Config, inputs: Inputs) -> tuple[Stats, Array]:
@@ -55,11 +57,11 @@ def forward(config: Config, inputs: Inputs) -> tuple[Stats, Normalizer, Array]:
     inputs = cut_padding(config, inputs)
 
     def step(_: None, start: Array | int, size: int) -> tuple[None, Any]:
-        part = take_chunk(inputs, start, size)
+        part = take_chunk(inputs, start, size, config.groups)
         return None, forward_chunk(config, part, Projection(config).logits(part))
 
     _, outs = scan_chunks(step, None, inputs.hidden.shape[0], chunk_size(config, inputs))
-    stats, normalizer, predicted = join(outs)
+    stats, normalizer, predicted = join(config, outs)
     return stats, normalizer, predicted
 
 
@@ -70,14 +72,14 @@ def backward(
     whole, inputs = inputs, cut_padding(config, inputs)
 
     def step(sums: Summed, start: Array | int, size: int) -> tuple[Summed, PerToken]:
-        part = without_left_out(take_chunk(inputs, start, size))
+        part = without_left_out(take_chunk(inputs, start, size, config.groups))
         logits = Projection(config).logits(part)
-        numbers = take_tokens((normalizer, cotangents), start, size)
+        numbers = take_tokens((normalizer, cotangents), start, size, config.groups)
         shares, per_token = gradient_shares(config, wanted, part, logits, *numbers)
         return add(sums, shares), per_token
 
     sums, outs = scan_chunks(step, zero_sums(inputs, wanted), inputs.hidden.shape[0], chunk_size(config, inputs))
-    return with_padding(whole, sums), join(outs)
+    return with_padding(whole, sums), join(config, outs)
 
 
 def loss_and_gradients(
@@ -88,20 +90,20 @@ def loss_and_gradients(
 
     def step(carry: tuple[Summed, Options], start: Array | int, size: int) -> tuple[Any, Any]:
         sums, option_sums = carry
-        part = take_chunk(inputs, start, size)
-        part_weights = take_tokens(weights, start, size)
+        part = take_chunk(inputs, start, size, config.groups)
+        part_weights = take_tokens(weights, start, size, config.groups)
         logits = Projection(config).logits(part)
         stats, normalizer, predicted = forward_chunk(config, part, logits)
-        loss, cotangents, of_weights, of_options = compose_gradients(config, stats, part_weights, options)
+        _, cotangents, of_weights, of_options = compose_gradients(config, stats, part_weights, options)
         clean = without_left_out(part)
         shares, per_token = gradient_shares(config, wanted, clean, logits, normalizer, cotangents)
-        return (add(sums, shares), add(option_sums, of_options)), (per_token, of_weights, loss[None], stats, predicted)
+        return (add(sums, shares), add(option_sums, of_options)), (per_token, of_weights, stats, predicted)
 
     carry = (zero_sums(inputs, wanted), jax.tree.map(jnp.zeros_like, options))
     (sums, option_sums), outs = scan_chunks(step, carry, inputs.hidden.shape[0], chunk_size(config, inputs))
-    per_token, of_weights, losses, stats, predicted = join(outs)
+    per_token, of_weights, stats, predicted = join(config, outs)
     gradients = with_padding(whole, sums), per_token, of_weights, option_sums
-    return (losses.sum(), (stats, predicted)), gradients
+    return (compose(config, stats, weights, options), (stats, predicted)), gradients
 
 
 def forward_chunk(config: Config, inputs: Inputs, logits: Array) -> tuple[Stats, Normalizer, Array]:
@@ -141,9 +143,17 @@ def with_padding(inputs: Inputs, sums: Summed) -> Summed:
     return sums._replace(kernel=pad(sums.kernel, inputs.kernel), bias=pad(sums.bias, inputs.bias))
 
 
-def join(outs: list[Any]) -> Any:
+def join(config: Config, outs: list[Any]) -> Any:
     """The per-token outputs of `scan_chunks`, as arrays over all tokens."""
-    flat = [
-        jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), out) for out in outs
-    ]
-    return flat[0] if len(flat) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
+    groups = config.groups
+
+    def flat(leaf: Array) -> Array:
+        """(groups, tokens of a group, ...), from the (chunks, tokens of a chunk, ...) of an output."""
+        chunks, size, *rest = leaf.shape
+        return jnp.moveaxis(leaf.reshape(chunks, groups, size // groups, *rest), 0, 1).reshape(groups, -1, *rest)
+
+    def whole(*leaves: Array) -> Array:
+        joined = jnp.concatenate([flat(leaf) for leaf in leaves], 1)
+        return joined.reshape(-1, *joined.shape[2:])
+
+    return jax.tree.map(whole, *outs)

@@ -36,6 +36,7 @@ class Config(NamedTuple):
     form: Form
     # On a mesh, see `across_devices.py`.
     class_axes: Axes = ()  # each device has its own classes, the same number of them
+    groups: int = 1  # of tokens, which may lie on different devices: a chunk has as many of each
     feature_axes: Axes = ()  # each device has its own features of the kernel
     gathers_slabs: bool = False  # and no device gathers more than a slab at a time
 
@@ -127,13 +128,22 @@ def scan_chunks(
     return carry, outs
 
 
-def take_tokens(tree: Any, start: Array | int, size: int) -> Any:
-    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), tree)
+def take_tokens(tree: Any, start: Array | int, size: int, groups: int = 1) -> Any:
+    """So many of the tokens, as many from each group, from `start` on in steps of the groups."""
+
+    def take(leaf: Array) -> Array:
+        if groups == 1:
+            return lax.dynamic_slice_in_dim(leaf, start, size)
+        grouped = leaf.reshape(groups, -1, *leaf.shape[1:])
+        taken = lax.dynamic_slice_in_dim(grouped, start // groups, size // groups, 1)
+        return taken.reshape(size, *leaf.shape[1:])
+
+    return jax.tree.map(take, tree)
 
 
-def take_chunk(inputs: Inputs, start: Array | int, size: int) -> Inputs:
-    """The inputs as they concern the tokens from `start`."""
-    hidden, targets, live = take_tokens((inputs.hidden, inputs.targets, inputs.live), start, size)
+def take_chunk(inputs: Inputs, start: Array | int, size: int, groups: int = 1) -> Inputs:
+    """The inputs as they concern these tokens."""
+    hidden, targets, live = take_tokens((inputs.hidden, inputs.targets, inputs.live), start, size, groups)
     return inputs._replace(hidden=hidden, targets=targets, live=live)
 
 
