@@ -6,7 +6,7 @@ passes of the vector unit are overrated. Compare programs of the same matmuls by
 tenth.
 
 A GPU's compiler estimates no time. `kernels`, `traffic`, `loop_traffic` and `matmuls` count what its program launches,
-reads, writes and multiplies.
+reads, writes and multiplies. `collectives` lists what a program's devices send each other.
 
 Everywhere a loop's body counts as often as it runs, and a conditional as its cheapest branch.
 """
@@ -233,14 +233,14 @@ class Collective(NamedTuple):
     """What devices send each other, `times` in a run."""
 
     kind: str
-    shape: Shape  # the larger of what it takes and makes
+    shape: Shape  # the larger of what it takes and what it makes
     devices: int  # of a group
     times: int
-    in_loop: bool
+    inside: tuple[str, ...]  # the loops ("while") and branches ("conditional") that it is in, outermost first
 
     @property
     def bytes(self) -> int:
-        """What each device sends in a run, if each group is a ring."""
+        """What each device sends in a run, where each group is a ring."""
         share = 1.0 if self.kind == "collective-permute" else (self.devices - 1) / self.devices
         return round(self.times * self.shape.bytes * share * (2 if self.kind == "all-reduce" else 1))
 
@@ -249,37 +249,37 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 def collectives(text: str) -> list[Collective]:
-    """All of a program's. A conditional's are those of all of its branches, in a loop as in any."""
-    return list(collectives_of(parse(text)))
+    """All of a program's, those of every branch too."""
+    program = parse(text)
+    return list(collectives_of(program, program.entry, (), 1, ()))
 
 
 def collectives_of(
-    program: Program, name: str = "", arguments: Sequence[Any] = (), times: int = 1, in_loop: bool = False
+    program: Program, name: str, arguments: Sequence[Any], times: int, inside: tuple[str, ...]
 ) -> Iterator[Collective]:
-    computation = program.computations[name or program.entry]
+    computation = program.computations[name]
     for i in computation.instructions.values():
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            if "all-reduce-scatter" in name:
-                kind = "reduce-scatter"  # as a TPU's compiler writes it
             arrays = [shape for operand in i.operands for shape in computation.shapes(operand)]
+            # What starts one returns the arrays that it takes before those that it makes.
             results = i.shapes[len(arrays) :] if i.opcode.endswith("-start") and len(i.shapes) > 1 else i.shapes
-            devices = group_size(i)
+            if "all-reduce-scatter" in name:  # a fusion of a TPU's compiler
+                kind = "reduce-scatter"
             for taken, made in zip(arrays, results or arrays, strict=False):
-                if devices > 1:
-                    yield Collective(kind, max(taken, made, key=lambda s: s.bytes), devices, times, in_loop)
+                larger = max(taken, made, key=lambda shape: shape.bytes)
+                if group_size(i) > 1:
+                    yield Collective(kind, larger, group_size(i), times, inside)
         given = [known(computation, operand, arguments) for operand in i.operands]
         if i.opcode == "while":
-            turns = trips(program, i, given[0])
-            inside = [carried(program, i, given[0])]
-            yield from collectives_of(program, i.called("body"), inside, times * turns, True)
+            turns, passed = trips(program, i, given[0]), [carried(program, i, given[0])]
+            yield from collectives_of(program, i.called("body"), passed, times * turns, (*inside, i.opcode))
         elif i.opcode == "conditional":
             for branch, argument in zip(i.branches(), given[1:], strict=True):
-                yield from collectives_of(program, branch, [argument], times, in_loop)
+                yield from collectives_of(program, branch, [argument], times, (*inside, i.opcode))
         elif i.opcode in ("fusion", "call", "async-start"):
             called = i.called("calls") or i.called("to_apply")
-            if called:
-                yield from collectives_of(program, called, given, times, in_loop)
+            yield from collectives_of(program, called, given, times, inside)
 
 
 def group_size(i: Instruction) -> int:

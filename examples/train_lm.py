@@ -3,13 +3,15 @@
     pip install -e ".[examples]"                      # from the root of the repository
     python examples/train_lm.py                       # about two minutes on two cores; writes out/train_lm.png
     python examples/train_lm.py --dense               # trains with the plain loss, which stores the logits
+    python examples/train_lm.py --mesh data=4,model=2 # on eight virtual devices, with jaxce.sharded; about ten minutes
     python examples/train_lm.py --smoke               # a few seconds, for CI; fails unless the loss falls
     python examples/train_lm.py --help
 
 The text is the reference of the Python language, which every Python carries in `pydoc_data.topics`, so nothing is
 downloaded; it differs a little between versions of Python. The first steps are trained a second time with the other
 loss, on the same batches: the picture shows that the two draw the same curve, and the memory that the compiled step of
-each takes. The blocks are rematerialized, so that the logits are what is left to save.
+each takes. With `--mesh` it is the same loss on one device. The blocks are rematerialized, so that the logits are what
+is left to save.
 
 Shapes: B sequences in a batch, T tokens in a sequence, D features, H heads of K features, V tokens in the vocabulary.
 """
@@ -30,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tokenizers import ByteLevelBPETokenizer
@@ -41,6 +45,7 @@ VOCABULARY = 8192
 BATCH_SIZE, LENGTH = 8, 128  # B, T
 FEATURES, LAYERS, HEADS = 128, 3, 4  # D, number of blocks, H
 COMPARED_STEPS = 60  # how many of the first steps are trained with the other loss too
+BATCH_SPEC, EMBEDDING_SPEC = P("data"), P("model")  # on a mesh: of (B, T, D), and of (V, D)
 LEFT_OUT = -100  # linear_cross_entropy's default ignore_index: the token has no loss, no gradient and no weight
 
 
@@ -94,8 +99,14 @@ def dense_loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple
     return jaxce.cross_entropy(logits, labels, return_stats=True)
 
 
-LOSSES = {"fused": fused_loss, "dense": dense_loss}
-COLOURS = {"fused": "C0", "dense": "C1"}
+def sharded_loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[jax.Array, jaxce.LossStats]:
+    # The mesh is that of jax.set_mesh. Each device has some of the sequences, and of the vocabulary; see `spread`.
+    specs = {"hidden_spec": BATCH_SPEC, "kernel_spec": EMBEDDING_SPEC}
+    return jaxce.sharded.linear_cross_entropy(hidden, kernel, labels, transpose_kernel=True, return_stats=True, **specs)
+
+
+LOSSES = {"fused": fused_loss, "dense": dense_loss, "sharded": sharded_loss}
+COLOURS = {"fused": "C0", "dense": "C1", "sharded": "C2"}
 
 
 def train_step(
@@ -149,18 +160,19 @@ def pack(documents: list[np.ndarray]) -> Batch:
     return Batch(tokens.reshape(-1, LENGTH), labels.reshape(-1, LENGTH).astype(np.int32))  # (N, T) each
 
 
-def batches(packed: Batch) -> Iterator[Batch]:
+def batches(packed: Batch, mesh: Mesh | None = None) -> Iterator[Batch]:
     for start in range(0, len(packed.tokens), BATCH_SIZE):
-        yield Batch(*(array[start : start + BATCH_SIZE] for array in packed))  # (B, T) each
+        batch = Batch(*(array[start : start + BATCH_SIZE] for array in packed))  # (B, T) each
+        yield batch if mesh is None else jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
 
 
-def training_batches(documents: list[np.ndarray], seed: int) -> Iterator[Batch]:
+def training_batches(documents: list[np.ndarray], seed: int, mesh: Mesh | None) -> Iterator[Batch]:
     """Batches without end; each pass over the documents packs them in a new order."""
     rng = np.random.default_rng(seed)
     while True:
         packed = pack([documents[i] for i in rng.permutation(len(documents))])
         order = rng.permutation(len(packed.tokens))
-        yield from batches(Batch(packed.tokens[order], packed.labels[order]))
+        yield from batches(Batch(packed.tokens[order], packed.labels[order]), mesh)
 
 
 def mean_nll(stats: list[jaxce.LossStats]) -> float:
@@ -179,12 +191,20 @@ class Run(NamedTuple):
     temp_bytes: int  # what the compiled step allocates beside the weights and the optimizer's state
 
 
-def fit(name: str, documents: list[np.ndarray], steps: int, seed: int, stop: int) -> Run:
-    """Trains for the first `stop` of `steps` steps with the loss of this name."""
+def spread(model: Decoder, mesh: Mesh) -> None:
+    """Lays the embedding, which is the output kernel too, over the mesh, and all other weights on each device."""
+    nnx.update(model, jax.device_put(nnx.state(model), NamedSharding(mesh, P())))
+    model.embed.embedding[...] = jax.device_put(model.embed.embedding[...], NamedSharding(mesh, EMBEDDING_SPEC))
+
+
+def fit(name: str, documents: list[np.ndarray], steps: int, seed: int, stop: int, mesh: Mesh | None = None) -> Run:
+    """Trains for the first `stop` of `steps` steps with the loss of this name; on a mesh, if there is one."""
     model = Decoder(nnx.Rngs(seed))
+    if mesh is not None:
+        spread(model, mesh)
     schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, warmup_steps=math.ceil(steps / 10), decay_steps=steps)
     optimizer = nnx.Optimizer(model, optax.adamw(schedule, b2=0.99, weight_decay=0.1), wrt=nnx.Param)
-    stream = training_batches(documents, seed)
+    stream = training_batches(documents, seed, mesh)
     batch = next(stream)
     step = nnx.jit(partial(train_step, LOSSES[name])).lower(model, optimizer, *batch).compile()
 
@@ -231,7 +251,7 @@ def draw_curves(axes: Axes, difference_axes: Axes, runs: dict[str, Run], held_ou
     gap = np.abs(a[: len(b)] - b)
     difference_axes.plot(steps[: len(b)], gap, "k.-", linewidth=0.8, markersize=4)
     difference_axes.ticklabel_format(axis="y", scilimits=(0, 0))
-    difference_axes.set(xlabel="step", ylabel="|fused - dense|", xlim=axes.get_xlim())
+    difference_axes.set(xlabel="step", ylabel=f"|{longer} - {other}|", xlim=axes.get_xlim())
     difference_axes.set_ylim(-1e-7, max(1e-6, 1.1 * gap.max()))  # a float32 loss of 8 is known to 1e-6
     for each in (axes, difference_axes):
         each.grid(alpha=0.3)
@@ -262,6 +282,19 @@ def draw_picture(out: Path, runs: dict[str, Run], held_out: float) -> None:
     figure.savefig(out)  # Agg draws it, and a figure made without pyplot never asks for a display
 
 
+def mesh_shape(text: str) -> dict[str, int]:
+    """The sizes of the axes in text such as data=4,model=2."""
+    try:
+        shape = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        shape = {}
+    if set(shape) != {"data", "model"} or min(shape.values()) < 1:
+        raise argparse.ArgumentTypeError(f"must name the sizes of both axes, as in data=4,model=2; got {text}")
+    if BATCH_SIZE % shape["data"] or VOCABULARY % shape["model"]:
+        raise argparse.ArgumentTypeError(f"data must divide {BATCH_SIZE}, and model {VOCABULARY}; got {text}")
+    return shape
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a small language model on the reference of the Python language.",
@@ -271,8 +304,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/train_lm.png"), help="where to save the picture")
     parser.add_argument("--seed", type=int, default=0, help="for the split, the weights, the order and the sample")
     parser.add_argument("--dense", action="store_true", help="train with the plain loss, which stores the logits")
+    parser.add_argument("--mesh", type=mesh_shape, help="train on so many virtual devices, as in data=4,model=2")
     parser.add_argument("--smoke", action="store_true", help="at most 6 steps; fails unless the loss falls")
     args = parser.parse_args()
+    if args.mesh and args.dense:
+        parser.error("--mesh is for the fused loss: leave --dense out")
     if args.steps < 2:
         parser.error(f"--steps must be at least 2; got {args.steps}")
     return args
@@ -280,23 +316,34 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.mesh:
+        jax.config.update("jax_num_cpu_devices", math.prod(args.mesh.values()))
     steps = min(args.steps, 6) if args.smoke else args.steps
     tokenizer, train, held_out = load_documents(args.seed)
-    trained, other = ("dense", "fused") if args.dense else ("fused", "dense")
-    runs = {
-        trained: fit(trained, train, steps, args.seed, stop=steps),
-        other: fit(other, train, steps, args.seed, stop=min(steps, COMPARED_STEPS)),
-    }
+    compared = min(steps, COMPARED_STEPS)
+    if args.mesh:
+        trained, other = "sharded", "fused"
+        mesh = jax.make_mesh(tuple(args.mesh.values()), tuple(args.mesh), axis_types=(AxisType.Auto,) * 2)
+        with jax.set_mesh(mesh):
+            first = fit(trained, train, steps, args.seed, steps, mesh)
+        # Evaluated and sampled from on one device.
+        nnx.update(first.model, jax.device_put(nnx.state(first.model), jax.devices()[0]))
+    else:
+        trained, other = ("dense", "fused") if args.dense else ("fused", "dense")
+        first = fit(trained, train, steps, args.seed, steps)
+    runs = {trained: first, other: fit(other, train, steps, args.seed, compared)}
     model, losses, _ = runs[trained]
     loss = evaluate(model, held_out)
     draw_picture(args.out, runs, loss)
 
     gap = max(abs(a - b) for a, b in zip(losses, runs[other].losses, strict=False))
-    print(f"largest difference of fused and dense loss in {len(runs[other].losses)} steps: {gap:.1e} nats")
-    for name in LOSSES:
+    print(f"largest difference of {trained} and {other} loss in {len(runs[other].losses)} steps: {gap:.1e} nats")
+    for name in runs:
         print(f"temporary memory of the compiled step, {name}: {runs[name].temp_bytes / 1e6:.1f} MB")
     print(f"held-out loss {loss:.4f} nats, perplexity {math.exp(loss):.1f}; picture in {args.out}")
     print("sample:", generate(model, tokenizer, "The value of the expression", args.seed), sep="\n")
+    if args.mesh and not gap < 1e-3:
+        raise SystemExit(f"the loss on the mesh isn't that on one device: {gap:.1e} nats apart")
     if args.smoke and not losses[-1] < losses[0]:
         raise SystemExit(f"the loss didn't fall: {losses[0]:.4f} nats in the first step, {losses[-1]:.4f} in the last")
 

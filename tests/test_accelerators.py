@@ -21,6 +21,7 @@ if os.environ.get("JAX_PLATFORMS") != "cpu":
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 compiled = pytest.importorskip("compiled", reason="needs benchmarks/ beside tests/")
 hlo = pytest.importorskip("hlo")
+sharded = pytest.importorskip("sharded")
 
 every_device = pytest.mark.parametrize("device", ["TPU v5e", "H200"])
 
@@ -95,3 +96,64 @@ def test_loops_on_a_gpu(strategy, temporaries):
         assert all("bf16→" in matmul for matmul in loop["matmuls"])
     # The gradients are added up in float32, in the matmuls that make them.
     assert sum("→f32" in matmul for loop in found["loops"] for matmul in loop["matmuls"]) >= 3
+
+
+# On a mesh: loss and both gradients, 4,096 features, two sequences of 4,096 tokens for each device along `data`.
+EIGHT = sharded.Case("TPU v5e", "v5e:2x4", 4, 2, 128_256)
+POD = sharded.Case("TPU v5e", "v5e:16x16", 32, 8, 128_256)
+ON_H200S = sharded.Case("H200", "1x1x8", 4, 2, 128_256)
+
+
+def kernel_bytes(case):
+    return 2 * sharded.FEATURES * case.classes // case.model
+
+
+def check_what_is_sent(case, program):
+    """Never logits; of the kernel a part in the loop, and the whole once outside of it; nothing in a branch."""
+    sent = hlo.collectives(program.as_text())
+    assert not any("conditional" in one.inside for one in sent)
+    assert sum(one.bytes for one in sent if one.kind == "all-gather" and not one.inside) <= 1.02 * kernel_bytes(case)
+    # The gradient of a slab of the kernel; or, over tokens, some numbers of each.
+    assert max(one.shape.bytes for one in sent if one.inside) <= 2 * sharded.FEATURES * 1_400
+    return sum(one.bytes for one in sent)
+
+
+@pytest.mark.parametrize(("case", "megabytes", "ms"), [(EIGHT, 700, 105), (POD, 300, 26)], ids=["8 chips", "256 chips"])
+def test_a_sharded_loss_on_tpus(case, megabytes, ms):
+    program = sharded.compile_on(case, sharded.sharded())
+    assert program.memory_analysis().temp_size_in_bytes <= megabytes * 1e6
+    assert hlo.cycles(program.as_text()) / 1.5e9 <= ms / 1e3
+    bytes_sent = check_what_is_sent(case, program)
+    assert bytes_sent == pytest.approx(sharded.sent_by_formula(case, gathers=1), rel=0.02)
+    dense = sharded.compile_on(case, sharded.dense)
+    assert bytes_sent <= sum(one.bytes for one in hlo.collectives(dense.as_text()))
+
+
+def test_a_kernel_gathered_slab_by_slab_on_tpus():
+    program = sharded.compile_on(EIGHT, sharded.sharded(kernel_gather="slabs"))
+    assert program.memory_analysis().temp_size_in_bytes <= 160e6
+    assert hlo.cycles(program.as_text()) / 1.5e9 <= 0.105
+    check_what_is_sent(EIGHT, program)
+
+
+def test_numbers_of_tokens_cross_the_class_axis_in_the_loop_over_tokens():
+    program = sharded.compile_on(EIGHT, sharded.sharded(strategy="tokens"))
+    in_loop = [one for one in hlo.collectives(program.as_text()) if one.inside]
+    assert in_loop
+    assert {one.kind for one in in_loop} == {"all-reduce"}
+    assert max(one.shape.entries for one in in_loop) <= 2_048
+
+
+def test_a_sharded_loss_on_gpus():
+    program = sharded.compile_on(ON_H200S, sharded.sharded(strategy="classes"))
+    assert program.memory_analysis().temp_size_in_bytes <= 900e6
+    check_what_is_sent(ON_H200S, program)
+
+
+@pytest.mark.parametrize(("case", "ms"), [(EIGHT, 105), (POD, 45)], ids=["8 chips", "256 chips"])
+def test_the_plain_function_on_automatic_axes_of_tpus(case, ms):
+    """Each device has its own tokens to do, and no logits are gathered."""
+    program = sharded.compile_on(case, jaxce.linear_cross_entropy)
+    assert hlo.cycles(program.as_text()) / 1.5e9 <= ms / 1e3
+    gathered = [one for one in hlo.collectives(program.as_text()) if one.kind in ("all-gather", "all-to-all")]
+    assert max(one.shape.bytes for one in gathered) <= 2 * kernel_bytes(case)

@@ -13,15 +13,23 @@ def test_examples_are_found():
     assert EXAMPLES
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
-def test_smoke(script, tmp_path):
+def run(script, tmp_path, *options):
+    """A process of its own: the example runs as a user runs it, without the strict settings of conftest.py."""
     for module in ("flax", "optax", "sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(module, reason="needs the extra jaxce[examples]")
     picture = tmp_path / "new_folder" / "picture.png"
-    # A process of its own: the example runs as a user runs it, without the strict settings of conftest.py.
-    done = subprocess.run(
-        [sys.executable, script, "--smoke", "--out", picture], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, script, "--smoke", "--out", picture, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_smoke(script, tmp_path):
+    run(script, tmp_path)
+
+
+def test_a_language_model_on_a_mesh(tmp_path):
+    """It fails unless the losses are those on one device."""
+    run(Path(__file__).parents[1] / "examples" / "train_lm.py", tmp_path, "--mesh", "data=4,model=2")

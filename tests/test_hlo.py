@@ -289,3 +289,84 @@ def test_a_matmul_of_several():
 )
 def test_bytes(dtype, size):
     assert hlo.Shape(dtype, (2, 3)).bytes == 6 * size
+
+
+# Two loops of 4 turns, a branch, and what a device of 8 sends in them.
+ON_A_MESH = """
+HloModule mesh, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (p0: bf16[64,512]) -> bf16[16,512] {
+  %p0 = bf16[64,512]{1,0} parameter(0)
+  %summed = bf16[64,512]{1,0} all-reduce(%p0), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%sum
+  %zero = s32[] constant(0)
+  ROOT %own = bf16[16,512]{1,0} dynamic-slice(%summed, %zero, %zero), dynamic_slice_sizes={16,512}
+}
+
+%again (arg: (f32[32])) -> f32[32] {
+  %arg = (f32[32]{0}) parameter(0)
+  %numbers = f32[32]{0} get-tuple-element(%arg), index=0
+  ROOT %largest = f32[32]{0} all-reduce(%numbers), replica_groups=mesh['data'=4,'model'=2] {'model'}, to_apply=%sum
+}
+
+%same (arg: (f32[32])) -> f32[32] {
+  %arg = (f32[32]{0}) parameter(0)
+  ROOT %numbers = f32[32]{0} get-tuple-element(%arg), index=0
+}
+
+%body (arg: (s32[], f32[32], bf16[64,512])) -> (s32[], f32[32], bf16[64,512]) {
+  %arg = (s32[], f32[32]{0}, bf16[64,512]{1,0}) parameter(0)
+  %turn = s32[] get-tuple-element(%arg), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%turn, %one)
+  %numbers = f32[32]{0} get-tuple-element(%arg), index=1
+  %gradient = bf16[64,512]{1,0} get-tuple-element(%arg), index=2
+  %own = bf16[16,512]{1,0} fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter.1
+  %far = pred[] constant(false)
+  %tuple = (f32[32]{0}) tuple(%numbers)
+  %chosen = f32[32]{0} conditional(%far, %tuple, %tuple), true_computation=%again, false_computation=%same
+  ROOT %out = (s32[], f32[32]{0}, bf16[64,512]{1,0}) tuple(%next, %chosen, %gradient)
+}
+
+%condition (arg: (s32[], f32[32], bf16[64,512])) -> pred[] {
+  %arg = (s32[], f32[32]{0}, bf16[64,512]{1,0}) parameter(0)
+  %turn = s32[] get-tuple-element(%arg), index=0
+  %bound = s32[] constant(4)
+  ROOT %less = pred[] compare(%turn, %bound), direction=LT
+}
+
+ENTRY %main (p0: bf16[16,512], p1: f32[32]) -> f32[32] {
+  %p0 = bf16[16,512]{1,0} parameter(0)
+  %p1 = f32[32]{0} parameter(1)
+  %start = (bf16[16,512]{1,0}, bf16[64,512]{1,0}) all-gather-start(%p0), replica_groups=[2,4]<=[8], dimensions={0}
+  %whole = bf16[64,512]{1,0} all-gather-done(%start)
+  %alone = f32[32]{0} all-reduce(%p1), replica_groups={{0},{1}}, to_apply=%sum
+  %sent = f32[32]{0} collective-permute(%alone), source_target_pairs={{0,1},{1,0}}
+  %zero = s32[] constant(0)
+  %init = (s32[], f32[32]{0}, bf16[64,512]{1,0}) tuple(%zero, %sent, %whole)
+  %loop = (s32[], f32[32]{0}, bf16[64,512]{1,0}) while(%init), condition=%condition, body=%body
+  ROOT %result = f32[32]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_collectives():
+    """A ring of n sends (n - 1)/n of an array to gather or to scatter it, and twice that for a sum on all."""
+    kernel, numbers = 64 * 512 * 2, 32 * 4
+    found = [(one.kind, one.devices, one.times, one.inside, one.bytes) for one in hlo.collectives(ON_A_MESH)]
+    assert found == [
+        ("all-gather", 4, 1, (), kernel * 3 // 4),
+        ("collective-permute", 2, 1, (), numbers),
+        ("reduce-scatter", 4, 4, ("while",), 4 * kernel * 3 // 4),
+        ("all-reduce", 2, 4, ("while", "conditional"), 4 * numbers),
+    ]
+
+
+def test_collectives_of_unknown_devices_raise():
+    with pytest.raises(ValueError, match="the devices of %summed are not to be found"):
+        hlo.collectives(ON_A_MESH.replace("replica_groups={{0,2,4,6},{1,3,5,7}}", "replica_groups=?"))
