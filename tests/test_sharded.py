@@ -35,7 +35,6 @@ LAYOUTS = {
     "data, sequences and classes": (P("data", "model"), P(None, "model")),
     "data, sequences, FSDP and classes": (P("data", "model"), P("data", "model")),
 }
-every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
 def mesh_of(axis_type):
@@ -99,7 +98,7 @@ def with_gradients(loss, hidden, kernel, labels, statics, arrays):
 
 
 # LLVM's optimizations change no value, and take most of the time.
-QUICKLY = {"xla_backend_optimization_level": 0}
+quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @cache
@@ -110,7 +109,7 @@ def unsharded(option, num_classes):
     kernel = kernel.T if statics.get("transpose_kernel") else kernel
     statics |= {"num_classes": num_classes, "chunk_size": 24}
     step = partial(with_gradients, jaxce.linear_cross_entropy, statics=statics, arrays=arrays)
-    return jax.jit(step, compiler_options=QUICKLY)(hidden, kernel, labels)
+    return quickly(step)(hidden, kernel, labels)
 
 
 def compare(
@@ -129,7 +128,7 @@ def compare(
         if axis_type == AxisType.Auto and loss is sharded.linear_cross_entropy:
             how |= {"hidden_spec": of_hidden, "kernel_spec": of_kernel}
         step = partial(with_gradients, partial(loss, **how), statics=statics, arrays=arrays)
-        got = jax.jit(step, compiler_options=QUICKLY)(*placed, place(mesh, labels, P(*of_hidden[:2])))
+        got = quickly(step)(*placed, place(mesh, labels, P(*of_hidden[:2])))
     assert_trees_close(got, unsharded(option, num_classes))
     _, gradients = got
     for name, array in zip(("hidden", "kernel"), placed, strict=True):
@@ -138,10 +137,16 @@ def compare(
     return gradients
 
 
-@every_layout
-@AXIS_TYPES
-def test_layouts(layout, axis_type):
-    compare(layout, axis_type, "classes")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    compare(LAYOUTS[layout], AxisType.Auto, "classes")
+
+
+@pytest.mark.parametrize(
+    "layout", ["data", "FSDP by classes and classes", "FSDP over an axis without tokens", "data, sequences and classes"]
+)
+def test_layouts_that_types_tell(layout):
+    compare(LAYOUTS[layout], AxisType.Explicit, "classes")
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -205,10 +210,10 @@ def test_a_slab_that_one_device_does_again(strategy, how, monkeypatch):
     jax.clear_caches()
     hidden, kernel, labels = problem()
     hidden, kernel = hidden.at[:2].multiply(300), kernel.at[:, 17].multiply(30)
-    want = plain_gradients(lambda h, w, y: jaxce.reference.cross_entropy(h @ w, y))(hidden, kernel, labels)
+    want = quickly(plain_gradients(lambda h, w, y: jaxce.reference.cross_entropy(h @ w, y)))(hidden, kernel, labels)
     mesh = mesh_of(AxisType.Auto)
     loss = partial(sharded.linear_cross_entropy, mesh=mesh, strategy=strategy, chunk_size=5, **SPECS, **how)
-    assert_trees_close(jax.jit(plain_gradients(loss))(hidden, kernel, labels), want, 1e-10)
+    assert_trees_close(quickly(plain_gradients(loss))(hidden, kernel, labels), want, 1e-10)
     jax.clear_caches()
 
 
@@ -220,8 +225,7 @@ def of_logits(logits, labels, options, loss):
     return value, stats, pull(positive(value.shape, 7, value.dtype))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("num_classes", [COLUMNS, 11])
+@pytest.mark.parametrize(("num_classes", "reduction"), [(COLUMNS, "mean"), (11, "none")])
 @pytest.mark.parametrize(
     ("spec", "axis"),
     [(P("data"), -1), (P(None, None, ("data", "model")), -1), (P("data", "model", None), 1), (P("model", "data"), 1)],
@@ -250,7 +254,7 @@ def test_logits(axis_type, spec, axis, num_classes, reduction):
         placed = place(mesh, logits, spec)
         given = how if axis_type == AxisType.Explicit else how | {"logits_spec": spec}
         loss = partial(sharded.cross_entropy, num_classes=num_classes, **given)
-        got = jax.jit(partial(of_logits, loss=loss), compiler_options=QUICKLY)(placed, labels, options)
+        got = quickly(partial(of_logits, loss=loss))(placed, labels, options)
     assert_trees_close(got, want)
     assert got[2][0].sharding.is_equivalent_to(placed.sharding, 3)
 
@@ -346,13 +350,13 @@ def test_inside_of_a_shard_map(option, strategy):
     floats = {name: array for name, array in given.items() if jnp.issubdtype(array.dtype, jnp.floating)}
 
     def weighted(floats, loss):
-        value = loss(given | floats)
+        value = loss(given | floats, where)
         return (positive(value.shape, 7, value.dtype) * value).sum()
 
-    got = jax.jit(jax.value_and_grad(partial(weighted, loss=lambda given: loss(given, where))))(floats)
-    want = jax.value_and_grad(
-        partial(weighted, loss=lambda g: jaxce.linear_cross_entropy(**g, **statics, where=where))
-    )(floats)
+    def whole(given, where):
+        return jaxce.linear_cross_entropy(**given, **statics, where=where)
+
+    got, want = (quickly(jax.value_and_grad(partial(weighted, loss=each)))(floats) for each in (loss, whole))
     assert_trees_close(got, want)
 
 
@@ -385,5 +389,6 @@ def test_second_derivatives_and_vmap(strategy):
         return jax.vmap(lambda scale: loss(hidden, scale * kernel, labels, **options))(jnp.asarray([1.0, 2.0]))
 
     ours = partial(sharded.linear_cross_entropy, mesh=mesh, **SPECS)
-    assert_close(jax.jit(partial(product, ours))(), product(jaxce.linear_cross_entropy), 1e-10)
-    assert_close(jax.jit(partial(each, ours))(), each(jaxce.linear_cross_entropy))
+    for function in (product, each):
+        got, want = (quickly(partial(function, loss))() for loss in (ours, jaxce.linear_cross_entropy))
+        assert_close(got, want, 1e-10)
