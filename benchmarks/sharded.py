@@ -267,9 +267,7 @@ def main() -> None:
     if args.picture:
         draw(args.picture)
         return
-    print(
-        '"partitioned": whole arrays on automatic axes. There, call jaxce.sharded.linear_cross_entropy with their specs.'
-    )
+    print('"partitioned": on automatic axes. There, call jaxce.sharded.linear_cross_entropy with the specs.')
     results = {"versions": compiled.versions(), "meshes": of_meshes(args.chips), "layouts": []}
     if not args.chips or 8 in args.chips:
         results["layouts"] = of_layouts()
