@@ -56,18 +56,19 @@ class LossOptions:
     label_smoothing: Array | None
     z_loss: Array | None
     logit_softcap: Array | None
+    temperature: Array | None
     ignore_index: int = dataclasses.field(metadata={"static": True})
     reduction: str = dataclasses.field(metadata={"static": True})
     return_stats: bool = dataclasses.field(metadata={"static": True})
 
     def specs(self, of_batch: PartitionSpec) -> "LossOptions":
         """How the options lie on a mesh: all is everywhere but what is of an example."""
-        everywhere = jax.tree.map(lambda _: PartitionSpec(), self.without_where())
+        everywhere = jax.tree.map(lambda _: PartitionSpec(), self)
         return dataclasses.replace(everywhere, sample_weight=of_batch)
 
-    def without_where(self) -> "LossOptions":
-        """The options after `examples` has read `where`, whose shape may be any that broadcasts."""
-        return dataclasses.replace(self, where=None)
+    def without_examples(self) -> "LossOptions":
+        """The options after `where` and `temperature` were read, whose shapes may be any that broadcast."""
+        return dataclasses.replace(self, where=None, temperature=None)
 
     def class_weight_within(self, targets: Array) -> Array | None:
         """The class weights, where they enter an example's numbers: one alone only multiplies the example's loss."""
@@ -85,6 +86,7 @@ def loss_options(
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
     logit_softcap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     return_stats: bool = False,
 ) -> tuple[Array, LossOptions]:
     """The labels and options of a loss as `jax.jit` takes them; shapes are checked where it is traced."""
@@ -100,6 +102,7 @@ def loss_options(
         logit_softcap=as_scalar(
             "logit_softcap", logit_softcap, off=None, valid=lambda v: v > 0, rule="a positive number, or None"
         ),
+        temperature=as_temperature(temperature),
         ignore_index=ignore_index,
         reduction=choice("reduction", reduction, REDUCTIONS),
         return_stats=flag("return_stats", return_stats),
@@ -174,6 +177,41 @@ def as_scalar(
     if array.shape != () or not (_is_float(array) or _is_int(array)):
         raise ValueError(f"{name} must be a real number or a scalar array; got {_describe(array)}")
     return array
+
+
+def as_temperature(value: ArrayLike) -> Array | None:
+    """A temperature, a Python number or an array of them; None where it is 1. The range of an array isn't known."""
+    rule = "temperature must be a positive number, or an array of them"
+    if isinstance(value, numbers.Real):
+        if isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{rule}; got {value!r}: the limit at 0 is argmax of the logits")
+        return None if value == 1 else float(value)
+    array = as_array("temperature", value)
+    if not _is_float(array):
+        raise TypeError(f"{rule}; got {_describe(array)}")
+    return array
+
+
+def inverse_temperature(temperature: Array | None, batch: Shape, dtype: jnp.dtype) -> Array | None:
+    """One over the temperature of each example, NaN where that isn't positive; None where it is 1."""
+    if temperature is None:
+        return None
+    temperature = jnp.asarray(temperature, dtype)
+    if temperature.shape not in ((), batch):
+        raise ValueError(
+            f"temperature must be a scalar, or have shape {batch}, one an example; got {temperature.shape}"
+        )
+    return jnp.broadcast_to(jnp.where(temperature > 0, 1 / temperature, jnp.nan), batch)
+
+
+def class_indices(labels: Array) -> Array:
+    """Labels that are class indices, not probabilities."""
+    if _is_float(labels):
+        raise TypeError(
+            f"labels must be class indices, whose log-probabilities are asked for; got {_describe(labels)}: for "
+            "distributions, cross_entropy takes class probabilities"
+        )
+    return labels
 
 
 def integer(name: str, value: Any) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, Literal, TypeAlias, cast, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxce._checks import LossOptions, ProjectionOptions
 from jaxce._compose import Options, divide, example_losses, example_weights, weight_sum
 from jaxce._layout import Layout, constrain, layout_of_projection, layout_of_types, on_mesh
 from jaxce._loops import Config, Inputs, Loop, choose_loop, linear_stats, matmul_dtype, summed_loss
-from jaxce._losses import LossStats, Reduction, out_specs
+from jaxce._losses import LossStats, Output, Reduction, TokenStats, out_specs, token_stats
 from jaxce._mesh import automatic_devices, axes_of, explicit_mesh, own_part, real_part, size_along, total, vary_over
 from jaxce._platform import platform_of
 from jaxce._softmax import compute_dtype, is_index
@@ -174,7 +174,7 @@ def linear_cross_entropy(
     )
 
 
-@partial(jax.jit, static_argnames=("projection", "layout"))
+@partial(jax.jit, static_argnames=("projection", "layout", "output"))
 def _linear_cross_entropy(
     hidden: Array,
     kernel: Array,
@@ -184,7 +184,8 @@ def _linear_cross_entropy(
     *,
     projection: ProjectionOptions,
     layout: Layout | None = None,
-) -> Array | tuple[Array, LossStats]:
+    output: Output = "loss",
+) -> Any:
     shards = 1 if layout is None or layout.mesh is not None else size_along(layout.classes)
     num_classes = _checks.projection(hidden, kernel, bias, projection, shards)
     batch = hidden.shape[:-1]
@@ -198,9 +199,10 @@ def _linear_cross_entropy(
         classes_here=num_classes if shards == 1 else columns_of(kernel, projection),
     )
     class_weight = options.class_weight_within(targets)
-    inputs = Inputs(hidden, kernel, bias, targets, class_weight, options.logit_softcap, live)
+    scale = _checks.inverse_temperature(options.temperature, batch, compute_dtype(matmul_dtype(hidden, kernel)))
+    inputs = Inputs(hidden, kernel, bias, targets, class_weight, options.logit_softcap, live, scale)
     arguments = inputs, options.sample_weight, options.weight, Options(options.label_smoothing, options.z_loss)
-    compute = partial(_loss_and_stats, projection, num_classes, options)
+    compute = partial(_loss_and_stats if output == "loss" else _token_stats, projection, num_classes, options)
     mesh = explicit_mesh(inputs)
     if layout is None and mesh is not None:
         layout_of = partial(layout_of_projection, transpose=projection.transpose_kernel, gathers_slabs=False)
@@ -208,7 +210,7 @@ def _linear_cross_entropy(
         if layout is None:
             # Inside of it, XLA places the arrays.
             of_batch: Any = NamedSharding(mesh, PartitionSpec(*jax.typeof(hidden).sharding.spec[: len(batch)]))
-            out = out_specs(options, of_batch, NamedSharding(mesh, PartitionSpec()))
+            out = out_specs(output, options, of_batch, NamedSharding(mesh, PartitionSpec()))
             return auto_axes(partial(compute, None), out_sharding=out)(*arguments)
     if layout is None or layout.mesh is None:
         return compute(layout, *arguments)
@@ -218,12 +220,14 @@ def _linear_cross_entropy(
     hidden, kernel = constrain(layout.mesh, (hidden, kernel), layout.given)
     inputs = inputs._replace(hidden=hidden, kernel=kernel)
     specs = in_specs(layout, inputs, projection.transpose_kernel)
-    out = out_specs(options, layout.of_batch(), PartitionSpec())
+    out = out_specs(output, options, layout.of_batch(), PartitionSpec())
     found = on_mesh(layout, partial(compute, layout), (inputs, *arguments[1:]), specs, out)
     if not any(layout.tokens_gathered):
         return found
     # What is of a token lies as the hidden states do.
-    return constrain(layout.mesh, found, out_specs(options, PartitionSpec(*layout.hidden[:-1]), PartitionSpec()))
+    return constrain(
+        layout.mesh, found, out_specs(output, options, PartitionSpec(*layout.hidden[:-1]), PartitionSpec())
+    )
 
 
 def columns_of(kernel: Array, projection: ProjectionOptions) -> int:
@@ -241,6 +245,7 @@ def in_specs(layout: Layout, inputs: Inputs, transpose_kernel: bool) -> tuple[An
         "class_weight": everywhere,
         "softcap": everywhere,
         "live": of_batch,
+        "scale": of_batch,
     }
     return Inputs(**specs), of_batch, everywhere, everywhere
 
@@ -281,6 +286,56 @@ def configure(
     )
 
 
+class Prepared(NamedTuple):
+    """What a device works on."""
+
+    config: Config
+    inputs: Inputs  # with one axis of tokens
+    others: Any
+    batch: tuple[int, ...]
+
+
+def prepare(
+    projection: ProjectionOptions,
+    num_classes: int,
+    loss_options: LossOptions,
+    layout: Layout | None,
+    inputs: Inputs,
+    sample_weight: Array | None = None,
+    others: Any = None,
+) -> Prepared:
+    """The arguments of a loop; on a mesh, of what a device has."""
+    if layout is not None:
+        inputs = inputs._replace(
+            hidden=layout.gather_hidden(inputs.hidden),
+            kernel=layout.gather_kernel(inputs.kernel, projection.transpose_kernel),
+        )
+    # The batch axes become one axis of tokens.
+    batch = inputs.hidden.shape[:-1]
+    tokens = math.prod(batch)
+    hidden, targets, live, scale, sample_weight = jax.tree.map(
+        lambda array: array.reshape(tokens, *array.shape[len(batch) :]),
+        (inputs.hidden, inputs.targets, inputs.live, inputs.scale, sample_weight),
+    )
+    inputs = inputs._replace(hidden=hidden, targets=targets, live=live, scale=scale)
+    config = configure(projection, num_classes, layout, inputs, loss_options)
+    return Prepared(config, *spread(config, inputs, (sample_weight, others)), batch)
+
+
+def _token_stats(
+    projection: ProjectionOptions,
+    num_classes: int,
+    loss_options: LossOptions,
+    layout: Layout | None,
+    inputs: Inputs,
+    *_: Any,
+) -> TokenStats:
+    """The numbers of each token, of arguments that have been checked."""
+    prepared = prepare(projection, num_classes, loss_options, layout, inputs)
+    stats, _predicted = linear_stats(prepared.config, prepared.inputs)
+    return jax.tree.map(lambda array: array.reshape(prepared.batch), token_stats(stats))
+
+
 def _loss_and_stats(
     projection: ProjectionOptions,
     num_classes: int,
@@ -291,25 +346,12 @@ def _loss_and_stats(
     weight: Array | None,
     options: Options,
 ) -> Array | tuple[Array, LossStats]:
-    """The loss of arguments that have been checked, and its stats if they are wanted.
-
-    On a mesh, of what each device has.
-    """
-    if layout is not None:
-        inputs = inputs._replace(
-            hidden=layout.gather_hidden(inputs.hidden),
-            kernel=layout.gather_kernel(inputs.kernel, projection.transpose_kernel),
-        )
-    # The batch axes become one axis of tokens.
-    batch = inputs.hidden.shape[:-1]
-    tokens = math.prod(batch)
-    hidden, targets, live, sample_weight = jax.tree.map(
-        lambda array: array.reshape(tokens, *array.shape[len(batch) :]),
-        (inputs.hidden, inputs.targets, inputs.live, sample_weight),
-    )
-    inputs = inputs._replace(hidden=hidden, targets=targets, live=live)
-    config = configure(projection, num_classes, layout, inputs, loss_options)
-    inputs, (sample_weight, weight, options) = spread(config, inputs, (sample_weight, weight, options))
+    """The loss of arguments that have been checked, and its stats if they are wanted."""
+    given = (inputs, sample_weight, (weight, options))
+    prepared = prepare(projection, num_classes, loss_options, layout, *given)
+    config, inputs, (sample_weight, (weight, options)), batch = prepared
+    hidden, targets, live = inputs.hidden, inputs.targets, inputs.live
+    tokens = hidden.shape[0]
     token_axes = () if layout is None else layout.token_axes
     dtype = compute_dtype(matmul_dtype(hidden, inputs.kernel))
     weights = example_weights(targets, live, sample_weight, weight, dtype)
@@ -340,8 +382,8 @@ def spread(config: Config, inputs: Inputs, others: Any) -> tuple[Inputs, Any]:
     targets, live, others = vary_over((inputs.targets, inputs.live, others), axes - set(config.class_axes))
     if not is_index(targets):
         targets = vary_over(targets, axes)
-    of_classes = (inputs.hidden, inputs.kernel, inputs.bias, inputs.class_weight, inputs.softcap)
-    hidden, kernel, bias, class_weight, softcap = vary_over(of_classes, axes)
+    of_classes = (inputs.hidden, inputs.kernel, inputs.bias, inputs.class_weight, inputs.softcap, inputs.scale)
+    hidden, kernel, bias, class_weight, softcap, scale = vary_over(of_classes, axes)
     class_weight = own_part(config.class_axes, class_weight, config.columns)
     real = real_part(config.class_axes, config.columns, config.num_classes)
-    return Inputs(hidden, kernel, bias, targets, class_weight, softcap, live, real), others
+    return Inputs(hidden, kernel, bias, targets, class_weight, softcap, live, scale, real), others

@@ -26,7 +26,7 @@ from jaxce._mesh import (
     vary_alike,
     vary_over,
 )
-from jaxce._softmax import Stats, is_index, log_probs, negative_log_prob, softmax_stats
+from jaxce._softmax import Stats, compute_dtype, is_index, log_probs, negative_log_prob, softmax_stats
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 
@@ -54,6 +54,33 @@ class LossStats(NamedTuple):
     weight_sum: Array
 
 
+class TokenStats(NamedTuple):
+    """Of each token, differentiable in all three; an array that isn't read costs nothing under `jax.jit`.
+
+    Attributes:
+      log_prob: log-probability of the label in nats, at most 0; batch shape, float32 (float64 for float64 inputs).
+      log_z: logarithm of the sum of the exponentials of the logits over the temperature; like `log_prob`.
+      entropy: entropy of the distribution over the classes in nats, at least 0; like `log_prob`.
+    """
+
+    log_prob: Array
+    log_z: Array
+    entropy: Array
+
+
+# What a function returns: the loss of all examples, with `LossStats` if wanted; or `TokenStats`.
+Output: TypeAlias = Literal["loss", "tokens"]
+
+
+def token_stats(stats: Stats) -> TokenStats:
+    """The numbers as `TokenStats`. Rounding may not bring a probability above 1, or an entropy below 0."""
+
+    def at_least_0(x: Array) -> Array:
+        return x + lax.stop_gradient(jnp.maximum(x, 0) - x)
+
+    return TokenStats(-at_least_0(stats.nll), stats.log_z, at_least_0(stats.entropy))
+
+
 def over_examples(function: Callable[..., Any], axis: int, in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
     """`function` of examples with classes on axis 0, vmapped over the axes before the class axis."""
     for _ in range(axis):
@@ -69,19 +96,20 @@ def stats_of_examples(
     softcap: Array | None,
     live: Array | None,
     *,
+    scale: Array | None = None,
     smooth: bool,
     class_axes: Axes,
 ) -> Stats:
     """The numbers of every example."""
     columns = logits.shape[axis]
     one = partial(softmax_stats, form_over(class_axes, _forms.chosen(), columns), smooth)
-    in_axes = (0, 0, None, None, None if live is None else 0)
-    axes = axes_of((logits, targets, weight, softcap, live))
-    logits, weight, softcap = vary_over((logits, weight, softcap), axes)
+    in_axes = (0, 0, None, None, None if scale is None else 0, None if live is None else 0)
+    axes = axes_of((logits, targets, weight, softcap, scale, live))
+    logits, weight, softcap, scale = vary_over((logits, weight, softcap, scale), axes)
     live = vary_over(live, axes - set(class_axes))
     targets = vary_over(targets, axes - set(class_axes) if is_index(targets) else axes)
     weight = along_classes(own_part(class_axes, weight, columns), logits, axis)
-    return over_examples(one, axis, in_axes)(logits, targets, weight, softcap, live)
+    return over_examples(one, axis, in_axes)(logits, targets, weight, softcap, scale, live)
 
 
 def along_classes(weight: Array | None, scores: Array, axis: int) -> Array | None:
@@ -310,7 +338,7 @@ def cross_entropy(
     return _cross_entropy(_checks.as_array("logits", logits), labels, options, axis=_checks.integer("axis", axis))
 
 
-@partial(jax.jit, static_argnames=("axis", "num_classes", "layout"))
+@partial(jax.jit, static_argnames=("axis", "num_classes", "layout", "output"))
 def _cross_entropy(
     logits: Array,
     labels: Array,
@@ -319,7 +347,8 @@ def _cross_entropy(
     axis: int,
     num_classes: int | None = None,
     layout: Layout | None = None,
-) -> Array | tuple[Array, LossStats]:
+    output: Output = "loss",
+) -> Any:
     axis = _checks.class_axis("logits", logits, axis)
     shards = 1 if layout is None or layout.mesh is not None else size_along(layout.classes)
     columns = logits.shape[axis]
@@ -328,8 +357,10 @@ def _cross_entropy(
     targets, live = _checks.examples(
         "logits", shape, axis, labels, options, classes_here=num_classes if shards == 1 else columns
     )
-    arrays = Arrays(logits, targets, live)
-    compute = partial(_loss_and_stats, axis, num_classes)
+    batch, dtype = shape[:axis] + shape[axis + 1 :], compute_dtype(logits.dtype)
+    arrays = Arrays(logits, targets, live, _checks.inverse_temperature(options.temperature, batch, dtype))
+    options = options.without_examples()
+    compute = partial(_loss_and_stats if output == "loss" else _token_stats, axis, num_classes)
     if layout is None and (mesh := explicit_mesh(logits)) is not None:
         layout = layout_of_types(mesh, partial(layout_of_logits, axis=axis), logits=logits)
     if layout is None or layout.mesh is None:
@@ -342,9 +373,9 @@ def _cross_entropy(
     of_batch: Any = layout.of_batch()
     of_logits: Any = layout.with_classes(axis)
     of_targets: Any = of_batch if is_index(targets) else of_logits
-    specs = Arrays(of_logits, of_targets, of_batch), options.specs(of_batch)
-    out = out_specs(options, of_batch, PartitionSpec())
-    return on_mesh(layout, partial(compute, layout), (arrays, options.without_where()), specs, out)
+    specs = Arrays(of_logits, of_targets, of_batch, of_batch), options.specs(of_batch)
+    out = out_specs(output, options, of_batch, PartitionSpec())
+    return on_mesh(layout, partial(compute, layout), (arrays, options), specs, out)
 
 
 class Arrays(NamedTuple):
@@ -353,12 +384,43 @@ class Arrays(NamedTuple):
     logits: Array
     targets: Array
     live: Array | None
+    scale: Array | None  # one over the temperature
 
 
-def out_specs(options: LossOptions, of_batch: Any, scalar: Any) -> Any:
-    """How what a loss returns lies on a mesh."""
+def out_specs(output: Output, options: LossOptions, of_batch: Any, scalar: Any) -> Any:
+    """How what a function returns lies on a mesh."""
+    if output == "tokens":
+        return TokenStats(of_batch, of_batch, of_batch)
     loss = of_batch if options.reduction == "none" else scalar
     return (loss, LossStats(of_batch, of_batch, of_batch, of_batch, scalar)) if options.return_stats else loss
+
+
+def _token_stats(
+    axis: int, num_classes: int, layout: Layout | None, arrays: Arrays, options: LossOptions
+) -> TokenStats:
+    """The numbers of each token; on a mesh, of what a device has."""
+    return token_stats(stats_of(axis, num_classes, layout, arrays, options)(weight=None, smooth=False))
+
+
+def stats_of(
+    axis: int, num_classes: int, layout: Layout | None, arrays: Arrays, options: LossOptions
+) -> Callable[..., Stats]:
+    """The numbers of every example, for class weights and with or without those of smoothing."""
+    class_axes = () if layout is None else layout.classes
+    logits = arrays.logits
+    real = real_part(class_axes, logits.shape[axis], num_classes)
+    if real is not None:
+        logits = jnp.where(real.reshape(-1, *(1,) * (logits.ndim - axis - 1)), logits, -jnp.inf)
+    return partial(
+        stats_of_examples,
+        logits,
+        arrays.targets,
+        axis,
+        softcap=options.logit_softcap,
+        live=arrays.live,
+        scale=arrays.scale,
+        class_axes=class_axes,
+    )
 
 
 def _loss_and_stats(
@@ -368,17 +430,11 @@ def _loss_and_stats(
 
     On a mesh, of what a device has.
     """
-    logits, targets, live = arrays
+    logits, targets, live, _ = arrays
     class_axes, token_axes = ((), ()) if layout is None else (layout.classes, layout.token_axes)
-    columns = logits.shape[axis]
-    real = real_part(class_axes, columns, num_classes)
-    if real is not None:
-        logits = jnp.where(real.reshape(-1, *(1,) * (logits.ndim - axis - 1)), logits, -jnp.inf)
     class_weight = options.class_weight_within(targets)
-    stats_of = partial(
-        stats_of_examples, logits, targets, axis, softcap=options.logit_softcap, live=live, class_axes=class_axes
-    )
-    stats = stats_of(weight=class_weight, smooth=options.label_smoothing is not None)
+    numbers = stats_of(axis, num_classes, layout, arrays, options)
+    stats = numbers(weight=class_weight, smooth=options.label_smoothing is not None)
     weights = example_weights(targets, live, options.sample_weight, options.weight, stats.nll.dtype)
     losses = example_losses(stats, weights, num_classes, Options(options.label_smoothing, options.z_loss))
     total_weight = weight_sum(weights, live, losses, token_axes)
@@ -386,8 +442,9 @@ def _loss_and_stats(
     if not options.return_stats:
         return loss
     if class_weight is not None and not is_index(targets):
-        stats = stats_of(weight=None, smooth=False)
+        stats = numbers(weight=None, smooth=False)
     again = _forms.read_again(logits)
-    predicted = first_largest(class_axes, again.max(axis), jnp.argmax(again, axis).astype(jnp.int32), columns)
+    index = jnp.argmax(again, axis).astype(jnp.int32)
+    predicted = first_largest(class_axes, again.max(axis), index, logits.shape[axis])
     read = LossStats(stats.nll, stats.log_z, stats.entropy, predicted, total_weight)
     return loss, lax.stop_gradient(read)

@@ -93,6 +93,7 @@ class Gradients(NamedTuple):
     target: Array | None
     weight: Array | None
     softcap: Array | None
+    scale: Array | None = None
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -119,6 +120,11 @@ def cap_logits(logits: Array, softcap: Array | None) -> Array:
     cap = softcap.astype(x.dtype)
     possible = x != -jnp.inf
     return jnp.where(possible, cap * jnp.tanh(jnp.where(possible, x, 0) / cap), -jnp.inf)
+
+
+def scale_logits(logits: Array, softcap: Array | None, scale: Array) -> Array:
+    """cap·tanh(x / cap) / temperature, where `scale` is one over the example's temperature."""
+    return cap_logits(logits, softcap) * scale.astype(compute_dtype(logits.dtype))
 
 
 def beside(numbers: Tree) -> Tree:
@@ -288,6 +294,45 @@ class Form(NamedTuple):
 TEXTBOOK = Form(partial_sums, partial_gradients)
 
 
+def scaled_sums(
+    form: Form,
+    logits: Array,
+    target: Target | None,
+    weight: Array | None,
+    softcap: Array | None,
+    scale: Array | None,
+    *reference: Array | None,
+    **options: Any,
+) -> Sums:
+    """The form's sums, at a temperature if `scale` is there."""
+    if scale is not None:
+        logits, softcap = scale_logits(logits, softcap, scale), None
+    return form.sums(logits, target, weight, softcap, *reference, **options)
+
+
+def scaled_gradients(
+    form: Form,
+    logits: Array,
+    target: Target,
+    weight: Array | None,
+    softcap: Array | None,
+    scale: Array | None,
+    live: Array | None,
+    normalizer: Normalizer,
+    g: Cotangents,
+    **options: Any,
+) -> Gradients:
+    """The form's gradients, at a temperature if `scale` is there."""
+    if scale is None:
+        return form.gradients(logits, target, weight, softcap, live, normalizer, g, **options)
+    # What is left out may be NaN, which must not reach the gradient of the cap.
+    logits, scale = keep(None if live is None else live[None], logits), keep(live, scale)
+    x, pull = jax.vjp(scale_logits, logits, softcap, scale)
+    gradients = form.gradients(x, target, weight, None, live, normalizer, g, **options)
+    dlogits, dsoftcap, dscale = pull(gradients.logits)
+    return gradients._replace(logits=dlogits.astype(x.dtype), softcap=dsoftcap, scale=dscale)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def softmax_stats(
     form: Form,
@@ -296,25 +341,27 @@ def softmax_stats(
     target: Target,
     weight: Array | None,
     softcap: Array | None,
+    scale: Array | None,
     live: Array | None,
 ) -> Stats:
     """The numbers of one example: (C,) logits, its target, class weights, and whether it counts at all.
 
     An example left out has zeros for numbers and for gradients, whatever its logits hold.
     """
-    stats, _ = read_stats(form.sums(logits, target, weight, softcap, smooth=smooth), target)
+    stats, _ = read_stats(scaled_sums(form, logits, target, weight, softcap, scale, smooth=smooth), target)
     return keep(live, stats)
 
 
 def _softmax_stats_fwd(form: Form, smooth: bool, *inputs: Any) -> tuple[Stats, tuple[Any, ...]]:
-    logits, target, weight, softcap, live = primal_values(inputs)
-    stats, normalizer = read_stats(form.sums(logits, target, weight, softcap, smooth=smooth), target)
-    return keep(live, stats), (logits, target, weight, softcap, live, normalizer)
+    logits, target, weight, softcap, scale, live = primal_values(inputs)
+    sums = scaled_sums(form, logits, target, weight, softcap, scale, smooth=smooth)
+    stats, normalizer = read_stats(sums, target)
+    return keep(live, stats), (logits, target, weight, softcap, scale, live, normalizer)
 
 
 def _softmax_stats_bwd(form: Form, smooth: bool, residuals: tuple[Any, ...], g: Stats) -> tuple[Array | None, ...]:
     *inputs, live, normalizer = residuals
-    gradients = form.gradients(*inputs, live, normalizer, cotangents_of(g))
+    gradients = scaled_gradients(form, *inputs, live, normalizer, cotangents_of(g))  # type: ignore[call-arg]
     return *(d if d is None else d.astype(x.dtype) for d, x in zip(gradients, inputs, strict=True)), None
 
 

@@ -1,4 +1,4 @@
-"""The losses of arrays that lie on a mesh: `cross_entropy` and `linear_cross_entropy`.
+"""The losses of arrays that lie on a mesh, and log-probabilities of tokens.
 
 They return what the functions of the same names in `jaxce` return, in every option and every gradient. Each device
 works on its own examples and its own classes; what crosses the mesh is a few numbers for each example, the gradient of
@@ -25,11 +25,12 @@ from jax.typing import ArrayLike
 from jaxce import _checks, _layout
 from jaxce._layout import Layout
 from jaxce._linear import Strategy, _linear_cross_entropy
-from jaxce._losses import LossStats, Reduction, _cross_entropy
+from jaxce._log_probs import token_options
+from jaxce._losses import LossStats, Reduction, TokenStats, _cross_entropy
 from jaxce._mesh import Axes, axes_of
 from jaxce._platform import platform_of
 
-__all__ = ["cross_entropy", "linear_cross_entropy"]
+__all__ = ["cross_entropy", "linear_cross_entropy", "linear_token_log_probs", "token_log_probs"]
 
 AxisNames: TypeAlias = str | Sequence[str]
 KernelGather: TypeAlias = Literal["whole", "slabs"]
@@ -157,20 +158,13 @@ def cross_entropy(
     )
     logits = _checks.as_array("logits", logits)
     axis = _checks.class_axis("logits", logits, _checks.integer("axis", axis))
-    if batch_axes is None and class_axes is None:
-        mesh = _layout.find_mesh(mesh, [logits])
-        placed = _layout.place(mesh, "logits", logits, logits_spec, "P('data', 'model')")
-        layout = _layout.layout_of_logits(mesh, placed, axis)
-    else:
-        layout = _inside(batch_axes, class_axes, ("logits", logits), labels, mesh=mesh, logits_spec=logits_spec)
-        _check_parts("logits", logits, "classes", "class_axes", layout.classes)
     return _cross_entropy(
         logits,
         labels,
         options,
         axis=axis,
         num_classes=None if num_classes is None else _checks.integer("num_classes", num_classes),
-        layout=layout,
+        layout=_layout_of_logits(logits, labels, axis, mesh, logits_spec, batch_axes, class_axes),
     )
 
 
@@ -334,26 +328,6 @@ def linear_cross_entropy(
     )
     hidden, kernel = _checks.as_array("hidden", hidden), _checks.as_array("kernel", kernel)
     bias = _checks.as_optional_array("bias", bias)
-    gathers_slabs = _checks.choice("kernel_gather", kernel_gather, ("whole", "slabs")) == "slabs"
-    if gathers_slabs and strategy == "tokens":
-        raise ValueError(
-            "kernel_gather='slabs' needs the loop over classes; got strategy='tokens', which takes the whole kernel "
-            "for each chunk of tokens: strategy='classes' or 'auto'"
-        )
-    if batch_axes is None and class_axes is None:
-        mesh = _layout.find_mesh(mesh, [hidden, kernel])
-        _checks.matmul(hidden, kernel, _checks.flag("transpose_kernel", transpose_kernel))
-        layout = _layout.layout_of_projection(
-            mesh,
-            _layout.place(mesh, "hidden", hidden, hidden_spec, "P('data')"),
-            _layout.place(mesh, "kernel", kernel, kernel_spec, "P(None, 'model')"),
-            transpose=transpose_kernel,
-            gathers_slabs=gathers_slabs,
-        )
-    else:
-        specs = {"mesh": mesh, "hidden_spec": hidden_spec, "kernel_spec": kernel_spec}
-        layout = _inside(batch_axes, class_axes, ("hidden", hidden), labels, **specs)
-        _check_parts("kernel", kernel, "classes", "class_axes", layout.classes)
     return _linear_cross_entropy(
         hidden,
         kernel,
@@ -368,7 +342,229 @@ def linear_cross_entropy(
             precision=precision,
             platform=platform_of((hidden, kernel), mesh),
         ),
-        layout=layout,
+        layout=_layout_of_projection(
+            hidden,
+            kernel,
+            labels,
+            transpose_kernel=transpose_kernel,
+            strategy=strategy,
+            kernel_gather=kernel_gather,
+            mesh=mesh,
+            specs=(hidden_spec, kernel_spec),
+            axes=(batch_axes, class_axes),
+        ),
+    )
+
+
+def token_log_probs(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    logits_spec: PartitionSpec | None = None,
+    batch_axes: AxisNames | None = None,
+    class_axes: AxisNames | None = None,
+    num_classes: int | None = None,
+    axis: int = -1,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: ArrayLike | None = None,
+    ignore_index: int = -100,
+    where: ArrayLike | None = None,
+) -> TokenStats:
+    """`jaxce.token_log_probs` of logits on a mesh, whose classes may be sharded.
+
+    Args:
+      logits: as in `cross_entropy` of this module, and so are `mesh`, `logits_spec`, `batch_axes`, `class_axes`,
+        `num_classes` and `axis`.
+      labels: class indices, of all classes wherever they lie.
+      mesh: the mesh.
+      logits_spec: how the logits lie on it.
+      batch_axes: inside of a `jax.shard_map`, the names of the axes that hold tokens.
+      class_axes: inside of a `jax.shard_map`, the names of the axes that hold classes.
+      num_classes: how many of the classes are real.
+      axis: the class axis.
+      temperature: divides the logits; a number or an array, as in `jaxce.token_log_probs`.
+      logit_softcap: replaces the logits by `cap * tanh(logits / cap)` first.
+      ignore_index: a token with this label is left out.
+      where: False leaves a token out; bool, broadcastable to the batch shape.
+
+    Returns:
+      `TokenStats`, arrays that lie as the tokens do.
+
+    Raises:
+      TypeError: an argument has the wrong type or dtype.
+      ValueError: an argument has a wrong shape or value, or doesn't fit the mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxce
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))  # as many devices as there are
+      >>> logits, labels = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([2])
+      >>> stats = jaxce.sharded.token_log_probs(logits, labels, mesh=mesh, logits_spec=P("data", "model"))
+      >>> print(f"{stats.log_prob[0]:.4f}")
+      -0.4076
+    """
+    labels, options = token_options(labels, temperature, logit_softcap, ignore_index, where)
+    logits = _checks.as_array("logits", logits)
+    axis = _checks.class_axis("logits", logits, _checks.integer("axis", axis))
+    return _cross_entropy(
+        logits,
+        labels,
+        options,
+        axis=axis,
+        num_classes=None if num_classes is None else _checks.integer("num_classes", num_classes),
+        layout=_layout_of_logits(logits, labels, axis, mesh, logits_spec, batch_axes, class_axes),
+        output="tokens",
+    )
+
+
+def linear_token_log_probs(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    hidden_spec: PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
+    batch_axes: AxisNames | None = None,
+    class_axes: AxisNames | None = None,
+    kernel_gather: KernelGather = "whole",
+    bias: ArrayLike | None = None,
+    transpose_kernel: bool = False,
+    num_classes: int | None = None,
+    chunk_size: int | None = None,
+    strategy: Strategy = "auto",
+    precision: lax.PrecisionLike = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: ArrayLike | None = None,
+    ignore_index: int = -100,
+    where: ArrayLike | None = None,
+) -> TokenStats:
+    """`jaxce.linear_token_log_probs` of hidden states and a kernel on a mesh, without storing logits.
+
+    Args:
+      hidden: as in `linear_cross_entropy` of this module, and so are `kernel`, `mesh` and all up to `precision`.
+      kernel: weights of the output projection.
+      labels: class indices, of all classes wherever they lie.
+      mesh: the mesh.
+      hidden_spec: how `hidden` lies on it.
+      kernel_spec: how `kernel` lies on it.
+      batch_axes: inside of a `jax.shard_map`, the names of the axes that hold tokens.
+      class_axes: inside of a `jax.shard_map`, the names of the axes that hold classes.
+      kernel_gather: "whole" or "slabs".
+      bias: added to the logits; shape (C,).
+      transpose_kernel: the kernel is (C, D).
+      num_classes: how many of the columns are real.
+      chunk_size: of a device's own tokens or classes.
+      strategy: the loop of each device.
+      precision: of the matmuls.
+      temperature: divides the logits; a number or an array, as in `jaxce.token_log_probs`.
+      logit_softcap: replaces the logits by `cap * tanh(logits / cap)` first.
+      ignore_index: a token with this label is left out.
+      where: False leaves a token out; bool, broadcastable to the batch shape.
+
+    Returns:
+      `TokenStats`, arrays that lie as the tokens do.
+
+    Raises:
+      TypeError: an argument has the wrong type or dtype.
+      ValueError: an argument has a wrong shape or value, or doesn't fit the mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxce
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))  # as many devices as there are
+      >>> hidden, kernel, labels = jnp.eye(3), jnp.array([[1.0, 2.0, 3.0]] * 3), jnp.array([2, 1, 0])
+      >>> stats = jaxce.sharded.linear_token_log_probs(
+      ...     hidden, kernel, labels, mesh=mesh, hidden_spec=P("data"), kernel_spec=P("data", "model")
+      ... )
+      >>> print(f"{stats.log_prob.mean():.4f}")
+      -1.4076
+    """
+    labels, options = token_options(labels, temperature, logit_softcap, ignore_index, where)
+    hidden, kernel = _checks.as_array("hidden", hidden), _checks.as_array("kernel", kernel)
+    return _linear_cross_entropy(
+        hidden,
+        kernel,
+        _checks.as_optional_array("bias", bias),
+        labels,
+        options,
+        projection=_checks.projection_options(
+            transpose_kernel=transpose_kernel,
+            num_classes=num_classes,
+            chunk_size=chunk_size,
+            strategy=strategy,
+            precision=precision,
+            platform=platform_of((hidden, kernel), mesh),
+        ),
+        layout=_layout_of_projection(
+            hidden,
+            kernel,
+            labels,
+            transpose_kernel=transpose_kernel,
+            strategy=strategy,
+            kernel_gather=kernel_gather,
+            mesh=mesh,
+            specs=(hidden_spec, kernel_spec),
+            axes=(batch_axes, class_axes),
+        ),
+        output="tokens",
+    )
+
+
+def _layout_of_logits(
+    logits: Array,
+    labels: Array,
+    axis: int,
+    mesh: Mesh | AbstractMesh | None,
+    logits_spec: PartitionSpec | None,
+    batch_axes: AxisNames | None,
+    class_axes: AxisNames | None,
+) -> Layout:
+    """How logits lie on the mesh; or, inside of a `jax.shard_map`, what this device has of them."""
+    if batch_axes is None and class_axes is None:
+        mesh = _layout.find_mesh(mesh, [logits])
+        placed = _layout.place(mesh, "logits", logits, logits_spec, "P('data', 'model')")
+        return _layout.layout_of_logits(mesh, placed, axis)
+    layout = _inside(batch_axes, class_axes, ("logits", logits), labels, mesh=mesh, logits_spec=logits_spec)
+    _check_parts("logits", logits, "classes", "class_axes", layout.classes)
+    return layout
+
+
+def _layout_of_projection(
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    *,
+    transpose_kernel: bool,
+    strategy: Strategy,
+    kernel_gather: KernelGather,
+    mesh: Mesh | AbstractMesh | None,
+    specs: tuple[PartitionSpec | None, PartitionSpec | None],
+    axes: tuple[AxisNames | None, AxisNames | None],
+) -> Layout:
+    """How hidden states and kernel lie on the mesh; or, inside of a `jax.shard_map`, what this device has of them."""
+    transpose_kernel = _checks.flag("transpose_kernel", transpose_kernel)
+    gathers_slabs = _checks.choice("kernel_gather", kernel_gather, ("whole", "slabs")) == "slabs"
+    if gathers_slabs and strategy == "tokens":
+        raise ValueError(
+            "kernel_gather='slabs' needs the loop over classes; got strategy='tokens', which takes the whole kernel "
+            "for each chunk of tokens: strategy='classes' or 'auto'"
+        )
+    hidden_spec, kernel_spec = specs
+    if axes != (None, None):
+        given: Any = {"mesh": mesh, "hidden_spec": hidden_spec, "kernel_spec": kernel_spec}
+        layout = _inside(*axes, ("hidden", hidden), labels, **given)
+        _check_parts("kernel", kernel, "classes", "class_axes", layout.classes)
+        return layout
+    mesh = _layout.find_mesh(mesh, [hidden, kernel])
+    _checks.matmul(hidden, kernel, transpose_kernel)
+    return _layout.layout_of_projection(
+        mesh,
+        _layout.place(mesh, "hidden", hidden, hidden_spec, "P('data')"),
+        _layout.place(mesh, "kernel", kernel, kernel_spec, "P(None, 'model')"),
+        transpose=transpose_kernel,
+        gathers_slabs=gathers_slabs,
     )
 
 

@@ -61,3 +61,9 @@ def test_accelerators_work_on_a_thousand_at_a_time(tokens, platform):
     inputs = inputs_of(tokens, 512, 100_000)
     assert auto.classes_at_a_time(platform, inputs) >= 1024
     assert auto.tokens_at_a_time(platform, inputs, 100_000) >= 1024
+
+
+def test_on_automatic_axes_a_chunk_has_tokens_of_all_devices():
+    inputs = inputs_of(8_192, 512, 100_000)
+    assert auto.loop("tpu", inputs, "mean", groups=8) == "tokens"
+    assert auto.tokens_at_a_time("tpu", inputs, 100_000, groups=8) == 2_048

@@ -16,9 +16,18 @@ import jaxce
 
 
 def test_public_names():
-    names = {"LossStats", "cross_entropy", "log_softmax", "nll_loss", "reference", "sharded"}
-    assert names <= set(jaxce.__all__)
-    assert set(jaxce.__all__) <= names | {"linear_cross_entropy"}
+    assert set(jaxce.__all__) == {
+        "LossStats",
+        "TokenStats",
+        "cross_entropy",
+        "linear_cross_entropy",
+        "linear_token_log_probs",
+        "log_softmax",
+        "nll_loss",
+        "reference",
+        "sharded",
+        "token_log_probs",
+    }
     assert all(hasattr(jaxce, name) for name in jaxce.__all__)
 
 

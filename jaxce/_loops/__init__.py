@@ -37,7 +37,7 @@ def with_kernel(config: Config, inputs: Inputs) -> Inputs:
 def as_cotangents(config: Config, inputs: Inputs, sums: Summed, per_token: PerToken) -> Inputs:
     """Each gradient in its input's dtype; the only place where a sum over chunks of tokens is rounded."""
     of_classes = (sums.kernel, sums.bias, per_token.targets, sums.class_weight, sums.softcap)
-    gradients = (per_token.hidden, *of_classes, None, None)
+    gradients = (per_token.hidden, *of_classes, None, per_token.scale, None)
     rounded: Any = (
         None if g is None or x is None else g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)
     )

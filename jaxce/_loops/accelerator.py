@@ -16,7 +16,7 @@ from jaxce import _forms
 from jaxce._loops.across_devices import gather_features
 from jaxce._loops.shared import Config, Inputs, Projection, Seen, class_index, take_slab
 from jaxce._mesh import vary_alike
-from jaxce._softmax import Sums, cap_logits, finite
+from jaxce._softmax import Sums, cap_logits, finite, scaled_sums
 
 # Where a logit is so far above the reference, the sums are made again. Up to there the exponentials of any number of
 # classes, and what the entropy sums, stay in the range of float32.
@@ -33,7 +33,8 @@ def first_reference(config: Config, inputs: Inputs, classes: int) -> Array:
     few = take_slab(config, inputs, 0, min(FIRST_CLASSES, classes))
     if config.gathers_slabs:
         few = gather_features(config, few)
-    return lax.stop_gradient(cap_logits(Projection(config).logits(few).max(1), inputs.softcap))
+    largest = cap_logits(Projection(config).logits(few).max(1), inputs.softcap)
+    return lax.stop_gradient(largest if inputs.scale is None else largest * inputs.scale)
 
 
 def read_once(platforms: Sequence[str], look: Callable[..., Seen], reference: Array, *arrays: Any) -> Seen:
@@ -67,8 +68,8 @@ def look_classes_first(config: Config, reference: Array, slab: Inputs, start: Ar
     """`look` at the logits of a slab and of indices, with the classes first: a TPU adds those up as it multiplies."""
     logits = Projection(config).logits_of_classes(slab)
     weight = None if slab.class_weight is None else slab.class_weight[:, None]
-    arrays = (logits, slab.targets, weight, slab.softcap, reference)
-    sums = config.form.sums(*arrays, smooth=config.smooth, first_class=class_index(config, start))
+    arrays = (logits, slab.targets, weight, slab.softcap, slab.scale, reference)
+    sums = scaled_sums(config.form, *arrays, smooth=config.smooth, first_class=class_index(config, start))
     return Seen(sums, start + jnp.argmax(logits, 0).astype(jnp.int32))
 
 

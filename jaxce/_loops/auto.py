@@ -13,7 +13,7 @@ SMALL_KERNEL = 2**21
 MESH_CHUNKS = 4
 
 
-def loop(platform: str, inputs: Inputs, reduction: str, groups: int) -> Loop:
+def loop(platform: str, inputs: Inputs, reduction: str, groups: int = 1) -> Loop:
     """The loop that "auto" picks."""
     *batch, features = inputs.hidden.shape
     if groups > 1:
@@ -29,7 +29,7 @@ def loop(platform: str, inputs: Inputs, reduction: str, groups: int) -> Loop:
     return "tokens" if 16 * features <= math.prod(batch) * inputs.hidden.dtype.itemsize else "classes"
 
 
-def tokens_at_a_time(platform: str, inputs: Inputs, columns: int, groups: int) -> int:
+def tokens_at_a_time(platform: str, inputs: Inputs, columns: int, groups: int = 1) -> int:
     """How many tokens a chunk has: a power of two, so that there is seldom a rest."""
     if groups > 1:
         # Devices of a mesh may have to send each other the kernel and its gradient for each chunk.

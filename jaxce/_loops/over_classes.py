@@ -167,13 +167,17 @@ def backward(
         zeros(inputs.softcap, wanted.softcap, dtype),
     )
     per_token = [
-        PerToken(zeros(inputs.hidden, wanted.hidden, dtype), empty(inputs.targets, wanted.targets))
+        PerToken(
+            zeros(inputs.hidden, wanted.hidden, dtype),
+            empty(inputs.targets, wanted.targets),
+            zeros(inputs.scale, wanted.scale, dtype),
+        )
         for inputs, *_ in parts
     ]
     (sums, per_token), _ = scan_chunks(step, (sums, per_token), config.columns, chunk_size(config, inputs))
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *per_token)
-    softcap, hidden = jax.tree.map(lambda total: scale * total, (sums.softcap, whole.hidden))
-    return sums._replace(softcap=softcap), whole._replace(hidden=hidden)
+    softcap, hidden, of_scale = jax.tree.map(lambda total: scale * total, (sums.softcap, whole.hidden, whole.scale))
+    return sums._replace(softcap=softcap), whole._replace(hidden=hidden, scale=of_scale)
 
 
 def cut_slab(config: Config, inputs: Inputs, start: Array | int, size: int) -> Inputs:
@@ -213,11 +217,12 @@ def slab_gradients(
         x = Projection(config).logits(inputs) if logits is None else logits
         normalizer, cotangents = take_tokens((slab.normalizer, slab.cotangents), first, tokens)
         share, per_token = gradient_shares(config, wanted, inputs, x, normalizer, cotangents, start)
-        of_targets = put(whole.targets, per_token.targets, (first, start), scale)
-        if whole.hidden is None or per_token.hidden is None:
-            return share, PerToken(None, of_targets)
-        hidden = take_tokens(whole.hidden, first, tokens) + per_token.hidden
-        return share, PerToken(put(whole.hidden, hidden, (first, 0)), of_targets)
+        summed = add(take_tokens((whole.hidden, whole.scale), first, tokens), (per_token.hidden, per_token.scale))
+        return share, PerToken(
+            put(whole.hidden, summed[0], (first, 0)),
+            put(whole.targets, per_token.targets, (first, start), scale),
+            put(whole.scale, summed[1], (first,)),
+        )
 
     def step(carry: tuple[Summed, PerToken], first: Array | int, tokens: int) -> tuple[Any, None]:
         share, whole = carry

@@ -15,7 +15,18 @@ from jax import Array, lax
 
 from jaxce._compose import ExampleWeights, Options, example_losses
 from jaxce._mesh import Axes, vary_alike
-from jaxce._softmax import Cotangents, Form, Normalizer, Stats, Sums, Tree, compute_dtype, is_index
+from jaxce._softmax import (
+    Cotangents,
+    Form,
+    Normalizer,
+    Stats,
+    Sums,
+    Tree,
+    compute_dtype,
+    is_index,
+    scaled_gradients,
+    scaled_sums,
+)
 
 Loop: TypeAlias = Literal["tokens", "classes"]
 
@@ -51,6 +62,7 @@ class Inputs(NamedTuple):
     class_weight: Array | None  # (num_classes,)
     softcap: Array | None
     live: Array | None  # (N,)
+    scale: Array | None = None  # (N,), one over the temperature
     real: Array | None = None  # (C,) False for columns that are padding, where another device has none or fewer
 
 
@@ -143,8 +155,9 @@ def take_tokens(tree: Any, start: Array | int, size: int, groups: int = 1) -> An
 
 def take_chunk(inputs: Inputs, start: Array | int, size: int, groups: int = 1) -> Inputs:
     """The inputs as they concern these tokens."""
-    hidden, targets, live = take_tokens((inputs.hidden, inputs.targets, inputs.live), start, size, groups)
-    return inputs._replace(hidden=hidden, targets=targets, live=live)
+    per_token = (inputs.hidden, inputs.targets, inputs.live, inputs.scale)
+    hidden, targets, live, scale = take_tokens(per_token, start, size, groups)
+    return inputs._replace(hidden=hidden, targets=targets, live=live, scale=scale)
 
 
 def without_left_out(inputs: Inputs) -> Inputs:
@@ -183,10 +196,11 @@ class Seen(NamedTuple):
 
 def look(config: Config, reference: Array | None, inputs: Inputs, logits: Array, start: Array | int) -> Seen:
     """What (N, C) logits from the column `start` show, relative to a number for each token, or to its largest logit."""
+    arrays = (logits, inputs.targets, inputs.class_weight, inputs.softcap, inputs.scale, reference)
     sums = jax.vmap(
-        partial(config.form.sums, smooth=config.smooth, first_class=class_index(config, start)),
-        (0, 0, None, None, None if reference is None else 0),
-    )(logits, inputs.targets, inputs.class_weight, inputs.softcap, reference)
+        partial(scaled_sums, config.form, smooth=config.smooth, first_class=class_index(config, start)),
+        (0, 0, None, None, None if inputs.scale is None else 0, None if reference is None else 0),
+    )(*arrays)
     return Seen(sums, start + jnp.argmax(logits, -1).astype(jnp.int32))
 
 
@@ -201,11 +215,13 @@ class Wanted:
     targets: bool
     class_weight: bool
     softcap: bool
+    scale: bool
 
 
 def wanted_gradients(inputs: Any) -> Wanted:
     """Which inputs are being differentiated, told by `symbolic_zeros`."""
-    flags = (inputs.hidden, inputs.kernel, inputs.bias, inputs.targets, inputs.class_weight, inputs.softcap)
+    of_classes = (inputs.kernel, inputs.bias, inputs.targets, inputs.class_weight, inputs.softcap)
+    flags = (inputs.hidden, *of_classes, inputs.scale)
     return Wanted(*(flag is not None and flag.perturbed for flag in flags))
 
 
@@ -223,6 +239,7 @@ class PerToken(NamedTuple):
 
     hidden: Array | None
     targets: Array | None
+    scale: Array | None
 
 
 def zeros(like: Array | None, want: bool, dtype: jnp.dtype | None = None) -> Array | None:
@@ -252,8 +269,9 @@ def gradient_shares(
     """What these tokens and the classes from the column `start` add to each gradient that is wanted."""
     first_class = class_index(config, start)
     per_class = (inputs.class_weight, inputs.softcap)
-    gradients: Any = jax.vmap(partial(config.form.gradients, first_class=first_class), (0, 0, None, None, 0, 0, 0))(
-        logits, inputs.targets, *per_class, inputs.live, normalizer, cotangents
+    of_one = partial(scaled_gradients, config.form, first_class=first_class)
+    gradients: Any = jax.vmap(of_one, (0, 0, None, None, 0, 0, 0, 0))(
+        logits, inputs.targets, *per_class, inputs.scale, inputs.live, normalizer, cotangents
     )
     # In the inputs' dtype, so that the backward matmuls are too; and stored, or each of them would make it for itself.
     narrow = lax.optimization_barrier(gradients.logits.astype(matmul_dtype(inputs.hidden, inputs.kernel)))
@@ -267,6 +285,7 @@ def gradient_shares(
     return summed, PerToken(
         hidden=project.hidden_gradient(narrow, inputs) if wanted.hidden else None,
         targets=gradients.target if wanted.targets else None,
+        scale=gradients.scale if wanted.scale else None,
     )
 
 
