@@ -305,6 +305,39 @@ def with_options(shape: Shape) -> dict[str, Case]:
     }
 
 
+def numbers_of_tokens(*names: str, **options: Any) -> Loss:
+    """A weighting of numbers of `linear_token_log_probs`, for each token its own."""
+
+    def weighted(hidden: Array, kernel: Array, labels: Array, weights: Array) -> Array:
+        stats = jaxce.linear_token_log_probs(hidden, kernel, labels, **options)
+        return sum((weights * getattr(stats, name)).sum() for name in names)
+
+    return weighted
+
+
+NUMBERS = {
+    "`log_prob`": numbers_of_tokens("log_prob"),
+    "`log_prob`, `entropy`": numbers_of_tokens("log_prob", "entropy"),
+    "all three, at a temperature": numbers_of_tokens("log_prob", "log_z", "entropy", temperature=0.7),
+}
+
+
+def log_probs_on_tpu(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+    """Four matmuls are what the numbers and their gradients need: the logits twice, and two for the gradients."""
+    name, rows = "TPU v5e", []
+    columns = "value and gradients / 4 matmuls", "temporaries, GB", "value / 1 matmul", "temporaries, MB"
+    head(name, "`linear_token_log_probs`", *columns)
+    for shape in ON_V5E:
+        for label, function in NUMBERS.items() if shape in shapes else ():
+            arguments = [*of_shape(shape), ((shape[0],), jnp.float32)]
+            gradient = jax.value_and_grad(function, (0, 1))
+            trained = on_tpu(name, compile_for(name, gradient, arguments), shape, matmuls=4)
+            evaluated = on_tpu(name, compile_for(name, function, arguments), shape, matmuls=1)
+            rows.append({"shape": shape, "numbers": label, "value and gradients": trained, "value": evaluated})
+            show(shape, label, *cells(trained, ms=False), *cells(evaluated, ms=False, mega=True))
+    return rows
+
+
 def options_on_tpu(shape: Shape) -> list[dict[str, Any]]:
     """What each option adds, with "auto"."""
     name, rows = "TPU v5e", []
@@ -503,6 +536,7 @@ def main() -> None:
         draw(args.plot, results["linear_tpu"])
     results["linear_tpu_loss_alone"] = losses_on_tpu(args.shapes)
     results["linear_tpu_options"] = options_on_tpu(WITH_OPTIONS) if WITH_OPTIONS in args.shapes else []
+    results["log_probs_tpu"] = log_probs_on_tpu(args.shapes)
     results["linear_h200"] = gradients_on_h200(args.shapes)
     results["cross_entropy"] = of_logits()
     if args.out:

@@ -399,27 +399,31 @@ def _token_stats(
     axis: int, num_classes: int, layout: Layout | None, arrays: Arrays, options: LossOptions
 ) -> TokenStats:
     """The numbers of each token; on a mesh, of what a device has."""
-    return token_stats(stats_of(axis, num_classes, layout, arrays, options)(weight=None, smooth=False))
+    numbers = numbers_of(axis, layout, without_padding(axis, num_classes, layout, arrays), options)
+    return token_stats(numbers(weight=None, smooth=False))
 
 
-def stats_of(
-    axis: int, num_classes: int, layout: Layout | None, arrays: Arrays, options: LossOptions
-) -> Callable[..., Stats]:
-    """The numbers of every example, for class weights and with or without those of smoothing."""
-    class_axes = () if layout is None else layout.classes
+def without_padding(axis: int, num_classes: int, layout: Layout | None, arrays: Arrays) -> Arrays:
+    """The arrays with logits of -inf for classes that are padding."""
     logits = arrays.logits
-    real = real_part(class_axes, logits.shape[axis], num_classes)
-    if real is not None:
-        logits = jnp.where(real.reshape(-1, *(1,) * (logits.ndim - axis - 1)), logits, -jnp.inf)
+    real = real_part(() if layout is None else layout.classes, logits.shape[axis], num_classes)
+    if real is None:
+        return arrays
+    real = real.reshape(-1, *(1,) * (logits.ndim - axis - 1))
+    return arrays._replace(logits=jnp.where(real, logits, -jnp.inf))
+
+
+def numbers_of(axis: int, layout: Layout | None, arrays: Arrays, options: LossOptions) -> Callable[..., Stats]:
+    """The numbers of every example, for class weights and with or without those of smoothing."""
     return partial(
         stats_of_examples,
-        logits,
+        arrays.logits,
         arrays.targets,
         axis,
         softcap=options.logit_softcap,
         live=arrays.live,
         scale=arrays.scale,
-        class_axes=class_axes,
+        class_axes=() if layout is None else layout.classes,
     )
 
 
@@ -430,10 +434,11 @@ def _loss_and_stats(
 
     On a mesh, of what a device has.
     """
+    arrays = without_padding(axis, num_classes, layout, arrays)
     logits, targets, live, _ = arrays
     class_axes, token_axes = ((), ()) if layout is None else (layout.classes, layout.token_axes)
     class_weight = options.class_weight_within(targets)
-    numbers = stats_of(axis, num_classes, layout, arrays, options)
+    numbers = numbers_of(axis, layout, arrays, options)
     stats = numbers(weight=class_weight, smooth=options.label_smoothing is not None)
     weights = example_weights(targets, live, options.sample_weight, options.weight, stats.nll.dtype)
     losses = example_losses(stats, weights, num_classes, Options(options.label_smoothing, options.z_loss))

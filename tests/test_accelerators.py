@@ -98,6 +98,16 @@ def test_loops_on_a_gpu(strategy, temporaries):
     assert sum("→f32" in matmul for loop in found["loops"] for matmul in loop["matmuls"]) >= 3
 
 
+def test_log_probabilities_and_entropies_on_a_tpu():
+    shape = 8_192, 4_096, 128_256
+    arguments = [*compiled.of_shape(shape), ((shape[0],), jnp.float32)]
+    weighted = compiled.NUMBERS["all three, at a temperature"]
+    program = compiled.compile_for("TPU v5e", jax.value_and_grad(weighted, (0, 1)), arguments)
+    found = compiled.on_tpu("TPU v5e", program, shape, matmuls=4)
+    assert found["multiple"] <= 1.2
+    assert found["temporaries_gb"] <= 0.15
+
+
 # On a mesh: loss and both gradients, 4,096 features, two sequences of 4,096 tokens for each device along `data`.
 EIGHT = sharded.Case("TPU v5e", "v5e:2x4", 4, 2, 128_256)
 POD = sharded.Case("TPU v5e", "v5e:16x16", 32, 8, 128_256)
