@@ -282,7 +282,7 @@ def examples(
         there = shape
     examples = _examples(name, there, axis, batch, labels, options.ignore_index, options.where, source)
     _check_weight(options.weight, shape[axis])
-    _check_sample_weight(options.sample_weight, batch)
+    check_sample_weight(options.sample_weight, batch)
     return examples
 
 
@@ -394,7 +394,7 @@ def _check_weight(value: Array | None, num_classes: int) -> None:
     )
 
 
-def _check_sample_weight(value: Array | None, batch: Shape) -> None:
+def check_sample_weight(value: Array | None, batch: Shape) -> None:
     if value is None:
         return
     _assert_real("sample_weight", value)
@@ -411,15 +411,55 @@ def projection(hidden: Array, kernel: Array, bias: Array | None, options: Projec
     With `shards`, the kernel is one of so many parts of as many columns.
     """
     columns = matmul(hidden, kernel, options.transpose_kernel)
-    if bias is not None:
-        _assert_float("bias", bias)
-        _assert_shape(
-            bias, (columns,), lambda: f"bias must have shape ({columns},), one entry a class; got {bias.shape}"
-        )
+    check_bias("bias", bias, columns)
     num_classes = classes("kernel", columns * shards, options.num_classes)
     if options.chunk_size is not None and options.chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None; got {options.chunk_size}")
     return num_classes
+
+
+def check_bias(name: str, bias: Array | None, columns: int) -> None:
+    if bias is not None:
+        _assert_float(name, bias)
+        _assert_shape(
+            bias, (columns,), lambda: f"{name} must have shape ({columns},), one entry a class; got {bias.shape}"
+        )
+
+
+def teacher(hidden: Array, kernel: Array, transpose: bool, batch: Shape, columns: int) -> int:
+    """Checks that a teacher has as many tokens and columns as its student; the columns."""
+    found = matmul(hidden, kernel, transpose, "teacher_")
+    _assert_shape(
+        hidden,
+        (*batch, hidden.shape[-1]),
+        lambda: f"teacher_hidden must have the batch shape of hidden, {batch}; got {hidden.shape}",
+    )
+    if found != columns:
+        raise ValueError(
+            f"teacher_kernel must have the {columns} classes of kernel; got {found}: pad the smaller one, and pass "
+            "num_classes"
+        )
+    return found
+
+
+def top_k(indices: Array, probabilities: Array, batch: Shape) -> None:
+    """Checks a teacher's likeliest classes."""
+    if not _is_int(indices) or not _is_float(probabilities):
+        raise TypeError(
+            "teacher_top_k must be a pair of class indices (integers) and of their probabilities (floats); got "
+            f"{_describe(indices)} and {_describe(probabilities)}"
+        )
+    if indices.ndim != len(batch) + 1 or indices.shape[:-1] != batch or probabilities.shape != indices.shape:
+        raise ValueError(
+            f"teacher_top_k must be two arrays of shape (*{batch}, k), k classes a token of hidden; got "
+            f"{indices.shape} and {probabilities.shape}"
+        )
+
+
+def tokens_left_in(where: Array | None, batch: Shape, hidden: Array) -> Array | None:
+    """`where` of tokens, of the batch shape."""
+    origin = f"hidden {hidden.shape} without the last axis"
+    return None if where is None else _live("hidden", hidden.shape, batch, where, origin)
 
 
 def classes(name: str, columns: int, num_classes: int | None) -> int:
@@ -429,32 +469,32 @@ def classes(name: str, columns: int, num_classes: int | None) -> int:
     return columns if num_classes is None else num_classes
 
 
-def matmul(hidden: Array, kernel: Array, transpose_kernel: bool) -> int:
-    """Checks that `hidden @ kernel` is right; how many columns it has."""
-    _assert_float("hidden", hidden)
-    _assert_float("kernel", kernel)
+def matmul(hidden: Array, kernel: Array, transpose_kernel: bool, of: str = "") -> int:
+    """Checks that `hidden @ kernel` is right; how many columns it has. `of` goes before the names."""
+    _assert_float(f"{of}hidden", hidden)
+    _assert_float(f"{of}kernel", kernel)
     if hidden.ndim == 0:
-        raise ValueError("hidden must have a last axis of features; got a scalar")
-    columns = _columns(hidden, kernel, transpose_kernel)
+        raise ValueError(f"{of}hidden must have a last axis of features; got a scalar")
+    columns = _columns(hidden, kernel, transpose_kernel, of)
     if columns == 0:
-        raise ValueError(f"kernel must have at least one class; got shape {kernel.shape}")
+        raise ValueError(f"{of}kernel must have at least one class; got shape {kernel.shape}")
     return columns
 
 
-def _columns(hidden: Array, kernel: Array, transpose_kernel: bool) -> int:
+def _columns(hidden: Array, kernel: Array, transpose_kernel: bool, of: str) -> int:
     """How many columns `hidden @ kernel` has."""
-    features = hidden.shape[-1]
-    layout = "(C, D) with transpose_kernel=True" if transpose_kernel else "(D, C)"
+    features, option = hidden.shape[-1], f"transpose_{of}kernel"
+    layout = f"(C, D) with {option}=True" if transpose_kernel else "(D, C)"
     if kernel.ndim != 2:
-        raise ValueError(f"kernel must have two axes, {layout}; got shape {kernel.shape}")
+        raise ValueError(f"{of}kernel must have two axes, {layout}; got shape {kernel.shape}")
     rows, columns = kernel.shape[::-1] if transpose_kernel else kernel.shape
     if rows != features:
         message = (
-            f"kernel must have shape {layout} with D = {features}, the last axis of hidden {hidden.shape}; "
+            f"{of}kernel must have shape {layout} with D = {features}, the last axis of {of}hidden {hidden.shape}; "
             f"got {kernel.shape}"
         )
         if columns == features:
-            message += f": it fits with transpose_kernel={not transpose_kernel}"
+            message += f": it fits with {option}={not transpose_kernel}"
         raise ValueError(message)
     return columns
 

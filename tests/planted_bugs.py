@@ -44,6 +44,7 @@ MESH, LAYOUT, PROJECTION, DEVICES, SHARDED = (
     "_loops/across_devices.py",
     "test_sharded.py",
 )
+DISTILL, DISTILLED = "_loops/distill.py", "test_distillation.py"
 LOSSES, TOKEN = "_losses.py", "test_log_probs.py"
 NUMERICS, PROMISES, PROPERTIES = "test_numerics.py", "test_promises.py", "test_properties.py"
 
@@ -142,6 +143,16 @@ BUGS = [
     Bug("tokens: probabilities above 1", LOSSES, "return x + lax.stop_gradient(jnp.maximum(x, 0) - x)", "return x - 1e-7", TOKEN),
     Bug("tokens: no gradient where rounding is cut off", LOSSES, "return x + lax.stop_gradient(jnp.maximum(x, 0) - x)", "return jnp.where(x > 1e-6, x, 0)", TOKEN),
     Bug("tokens: entropy for log Z", LOSSES, "stats.log_z, at_least_0(stats.entropy))", "stats.entropy, at_least_0(stats.entropy))", TOKEN),
+    # Two models.
+    Bug("distillation: no factor of the temperature squared", "_distillation.py", "options.temperature**2 * losses", "options.temperature * losses", DISTILLED),
+    Bug("distillation: sums aren't scaled to a larger maximum", DISTILL, "jnp.exp(self.maximum - m))", "1.0)", DISTILLED),
+    Bug("distillation: 0·inf of an impossible class", DISTILL, "jnp.where(exp == 0, 0, exp * values)", "exp * values", DISTILLED),
+    Bug("distillation: the reverse has the other's gradient", DISTILL, "if not reverse:\n            return g_u * q - g_expected * p", "if True:\n            return g_u * q - g_expected * p", DISTILLED),
+    Bug("distillation: the reverse forgets the mean", DISTILL, "p * (1 + x - u - expected)", "p * (1 + x - u)", DISTILLED),
+    Bug("distillation: the temperature isn't in the gradient", DISTILL, "dlogits, dsoftcap = pull(keep(None if slab.live is None else slab.live[:, None], gradient(x, start, size)))", "dlogits, dsoftcap = gradient(x, start, size), pull(0 * x)[1]", DISTILLED),
+    Bug("distillation: likeliest classes are among the rest", DISTILL, "rest.add(without(x, place, -jnp.inf))", "rest.add(x)", DISTILLED),
+    Bug("distillation: likeliest classes have the rest's gradient", DISTILL, "return without(of_rest, place, g_top)", "return of_rest", DISTILLED),
+    Bug("distillation: NaN of a token left out meets a matmul", DISTILL, "inputs._replace(hidden=jnp.where(inputs.live[:, None], inputs.hidden, 0))", "inputs._replace(hidden=1 * inputs.hidden)", DISTILLED),
     # The forms.
     Bug("few classes: no derivative", "_forms/cpu_few_classes.py", "jax.tree.map(lambda row: row.sum(0), *tangents)", "jax.tree.map(lambda row: 0 * row.sum(0), *tangents)", "test_transformations.py"),
     Bug("long rows: slabs count from 0", "_forms/cpu_long_rows.py", "first_class + jnp.arange(count, dtype=jnp.int32) * (classes // count)", "first_class + jnp.zeros(count, jnp.int32)", NUMBERS),

@@ -21,6 +21,7 @@ def test_public_names():
         "TokenStats",
         "cross_entropy",
         "linear_cross_entropy",
+        "linear_distillation_loss",
         "linear_token_log_probs",
         "log_softmax",
         "nll_loss",

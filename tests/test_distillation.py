@@ -1,0 +1,267 @@
+"""`linear_distillation_loss` against the textbook in float64, with logits of both models in memory."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_trees_close, normal, positive
+
+import jaxce
+
+BATCH, CLASSES = (4, 3), 24
+pytestmark = pytest.mark.usefixtures("x64")
+both_ways = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+# LLVM's optimizations change no value, and take most of the time.
+quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def problem():
+    """A student with 5 features and a teacher with 7."""
+    return {
+        "hidden": normal((*BATCH, 5), 0, np.float64),
+        "kernel": normal((5, CLASSES), 1, np.float64),
+        "teacher_hidden": normal((*BATCH, 7), 2, np.float64),
+        "teacher_kernel": normal((7, CLASSES), 3, np.float64) / 2,
+    }
+
+
+def log_probs(hidden, kernel, bias, cap, temperature):
+    x = hidden @ kernel + (0 if bias is None else bias)
+    x = x if cap is None else jnp.where(x == -jnp.inf, x, cap * jnp.tanh(x / cap))
+    return jax.nn.log_softmax(x / temperature)
+
+
+def divergence(log_p, log_q):
+    possible = log_p != -jnp.inf
+    return jnp.where(possible, jnp.exp(log_p) * (jnp.where(possible, log_p, 0) - jnp.where(possible, log_q, 0)), 0).sum(
+        -1
+    )
+
+
+def textbook(
+    hidden,
+    kernel,
+    teacher_hidden,
+    teacher_kernel,
+    *,
+    bias=None,
+    teacher_bias=None,
+    logit_softcap=None,
+    teacher_logit_softcap=None,
+    temperature=1.0,
+    reverse=False,
+    sample_weight=None,
+    where=None,
+):
+    """The mean, by definition."""
+    student = log_probs(hidden, kernel, bias, logit_softcap, temperature)
+    teacher = log_probs(teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_softcap, temperature)
+    losses = divergence(student, teacher) if reverse else divergence(teacher, student)
+    weight = jnp.ones(BATCH) if sample_weight is None else sample_weight
+    weight = weight if where is None else jnp.where(where, weight, 0)
+    return temperature**2 * (losses * weight).sum() / weight.sum()
+
+
+FLOATS = ("hidden", "kernel", "bias", "logit_softcap", "sample_weight")
+
+
+def with_gradients(loss, arrays, **options):
+    """The loss, and its gradients in what is of the student."""
+    floats = {name: array for name, array in arrays.items() if name in FLOATS}
+    fixed = {name: array for name, array in arrays.items() if name not in FLOATS}
+    return jax.value_and_grad(lambda floats: loss(**floats, **fixed, **options))(floats)
+
+
+def everything():
+    return {
+        "bias": normal((CLASSES,), 4, np.float64),
+        "teacher_bias": normal((CLASSES,), 5, np.float64),
+        "logit_softcap": jnp.asarray(3.0),
+        "teacher_logit_softcap": jnp.asarray(4.0),
+        "sample_weight": positive(BATCH, 6, np.float64),
+        "where": normal(BATCH, 7) > -1,
+    }
+
+
+@both_ways
+@pytest.mark.parametrize("chunk_size", [5, 24])
+@pytest.mark.parametrize("options", [dict, everything], ids=["plain", "everything"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_two_models(reverse, chunk_size, options, temperature):
+    arrays, how = problem() | options(), {"reverse": reverse, "temperature": temperature}
+    ours = partial(with_gradients, partial(jaxce.linear_distillation_loss, chunk_size=chunk_size, **how))
+    assert_trees_close(quickly(ours)(arrays), with_gradients(textbook, arrays, **how), 1e-10)
+
+
+@both_ways
+def test_padding_and_transposed_kernels(reverse):
+    arrays = problem()
+    want, of_student = with_gradients(textbook, arrays, reverse=reverse)
+    padded = {
+        name: jnp.pad(arrays[name], [(0, 0), (0, 3)], constant_values=jnp.nan).T
+        for name in ("kernel", "teacher_kernel")
+    }
+    options = {"transpose_kernel": True, "transpose_teacher_kernel": True, "num_classes": CLASSES, "chunk_size": 7}
+    got = with_gradients(jaxce.linear_distillation_loss, arrays | padded, reverse=reverse, **options)
+    of_student["kernel"] = jnp.pad(of_student["kernel"], [(0, 0), (0, 3)]).T
+    assert_trees_close(got, (want, of_student), 1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_reductions_and_what_is_left_out(reduction):
+    arrays, where = problem(), jnp.ones(BATCH, bool).at[1, 2].set(False)
+    for name in ("hidden", "teacher_hidden"):
+        arrays[name] = arrays[name].at[1, 2].set(jnp.nan)
+    losses = partial(jaxce.linear_distillation_loss, where=where, chunk_size=5, reduction=reduction)
+    got, gradients = with_gradients(lambda **given: losses(**given).sum(), arrays)
+    clean = {name: jnp.nan_to_num(array) for name, array in arrays.items()}
+    want, expected = with_gradients(lambda **given: textbook(**given, where=where) * where.sum().astype(float), clean)
+    assert_trees_close((got, gradients), (want, expected), 1e-10)
+    assert losses(**arrays).shape == (BATCH if reduction == "none" else ())
+    assert not gradients["hidden"][1, 2].any()
+
+
+def of_top(student, indices, p, *, reverse):
+    """Over k classes and the others, which are one outcome."""
+    rows = jnp.arange(student.shape[0])[:, None]
+    q = jnp.exp(student)
+    rest = 1 - q[rows, indices].sum(-1, keepdims=True)
+    log_q = jnp.log(jnp.concatenate([q[rows, indices], rest], -1))
+    log_p = jnp.log(jnp.concatenate([p, 1 - p.sum(-1, keepdims=True)], -1))
+    return divergence(log_q, log_p) if reverse else divergence(log_p, log_q)
+
+
+@both_ways
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_likeliest_classes_of_a_teacher(reverse, temperature):
+    arrays = problem()
+    teacher = log_probs(arrays.pop("teacher_hidden"), arrays.pop("teacher_kernel"), None, None, temperature)
+    p, indices = jax.lax.top_k(jnp.exp(teacher), 4)
+    where = normal(BATCH, 7) > -1
+    how = {"reverse": reverse, "temperature": temperature, "where": where, "chunk_size": 5}
+    arrays |= {"bias": normal((CLASSES,), 4, np.float64), "logit_softcap": jnp.asarray(3.0)}
+
+    def want(hidden, kernel, bias, logit_softcap):
+        student = log_probs(hidden, kernel, bias, logit_softcap, temperature).reshape(-1, CLASSES)
+        losses = of_top(student, indices.reshape(-1, 4), p.reshape(-1, 4), reverse=reverse)
+        return temperature**2 * jnp.where(where.ravel(), losses, 0).sum() / where.sum().astype(float)
+
+    ours = partial(with_gradients, partial(jaxce.linear_distillation_loss, teacher_top_k=(indices, p), **how))
+    assert_trees_close(quickly(ours)(arrays), with_gradients(want, arrays), 1e-10)
+
+
+def test_all_classes_of_a_teacher_are_the_teacher():
+    arrays = problem()
+    whole = jaxce.linear_distillation_loss(**arrays)
+    teacher = log_probs(arrays.pop("teacher_hidden"), arrays.pop("teacher_kernel"), None, None, 1.0)
+    p, indices = jax.lax.top_k(jnp.exp(teacher), CLASSES)
+    assert_close(jaxce.linear_distillation_loss(**arrays, teacher_top_k=(indices, p)), whole, 1e-10)
+
+
+@both_ways
+def test_a_student_that_is_its_teacher(reverse):
+    arrays = problem()
+    twins = {"teacher_hidden": arrays["hidden"], "teacher_kernel": arrays["kernel"]}
+    loss, gradients = with_gradients(jaxce.linear_distillation_loss, arrays | twins, reverse=reverse)
+    assert abs(loss) < 1e-12
+    assert all(abs(gradient).max() < 1e-12 for gradient in gradients.values())
+
+
+@both_ways
+def test_impossible_classes_and_large_logits(reverse):
+    arrays = problem()
+    impossible = jnp.zeros(CLASSES).at[3].set(-jnp.inf).at[20:].set(-jnp.inf)
+    arrays |= {"bias": impossible, "teacher_bias": impossible}
+    arrays["hidden"] = arrays["hidden"] * 1e3
+    arrays["teacher_hidden"] = arrays["teacher_hidden"] * 1e3
+    got = with_gradients(partial(jaxce.linear_distillation_loss, chunk_size=4), arrays, reverse=reverse)
+    fixed = {**arrays, "bias": impossible}
+    assert jnp.isfinite(got[0])
+    assert all(jnp.isfinite(gradient).all() for gradient in got[1].values())
+    assert_close(got[0], textbook(**fixed, reverse=reverse), 1e-8)
+
+
+def test_no_gradient_for_the_teacher():
+    arrays = problem()
+    of_teacher = jax.grad(
+        lambda hidden, kernel: jaxce.linear_distillation_loss(
+            arrays["hidden"], arrays["kernel"], hidden, kernel, chunk_size=5
+        ),
+        (0, 1),
+    )(arrays["teacher_hidden"], arrays["teacher_kernel"])
+    assert not any(gradient.any() for gradient in of_teacher)
+
+
+@both_ways
+def test_second_derivatives(reverse):
+    arrays = problem()
+    direction = normal(arrays["kernel"].shape, 9, np.float64)
+
+    def product(loss):
+        gradient = jax.grad(lambda kernel: loss(**arrays | {"kernel": kernel}, reverse=reverse))
+        return jax.jvp(gradient, (arrays["kernel"],), (direction,))[1]
+
+    ours = partial(jaxce.linear_distillation_loss, chunk_size=5)
+    assert_close(quickly(partial(product, ours))(), product(textbook), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@both_ways
+def test_16_bits(reverse, dtype):
+    """Gradients have the dtype of their inputs; their error is that of their rounding."""
+    arrays = {name: array.astype(dtype) for name, array in problem().items()}
+    exact = {name: array.astype(jnp.float64) for name, array in arrays.items()}
+    loss, gradients = with_gradients(partial(jaxce.linear_distillation_loss, chunk_size=5), arrays, reverse=reverse)
+    want, expected = with_gradients(textbook, exact, reverse=reverse)
+    assert loss.dtype == jnp.float32
+    assert_close(loss, want, 1e-5)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        assert_close(gradient.astype(jnp.float64), expected[name], 4 * float(jnp.finfo(dtype).eps))
+
+
+def test_no_logits_are_stored():
+    n, d, c = 512, 32, 16_384
+    given = [normal(shape, k, np.float32) / 4 for k, shape in enumerate([(n, d), (d, c), (n, d), (d, c)])]
+    step = jax.jit(jax.value_and_grad(partial(jaxce.linear_distillation_loss, chunk_size=256), (0, 1)))
+    assert step.lower(*given).compile().memory_analysis().temp_size_in_bytes <= 0.2 * 4 * n * c
+
+
+ERRORS = {
+    "temperature must be a positive number; got 0": {"temperature": 0},
+    "the teacher must be given as teacher_hidden and teacher_kernel, or else as teacher_top_k; got teacher_hidden": {
+        "teacher_kernel": None
+    },
+    "the teacher must be given as teacher_hidden and teacher_kernel, or else as teacher_top_k; got none of them": {
+        "teacher_hidden": None,
+        "teacher_kernel": None,
+    },
+    "teacher_top_k holds probabilities; got it with teacher_bias or teacher_logit_softcap, which are for logits": {
+        "teacher_hidden": None,
+        "teacher_kernel": None,
+        "teacher_top_k": (np.zeros((4, 3, 2), int), np.ones((4, 3, 2))),
+        "teacher_bias": np.ones(CLASSES),
+    },
+    "teacher_top_k must be two arrays of shape (*(4, 3), k), k classes a token of hidden; got (4, 2) and (4, 2)": {
+        "teacher_hidden": None,
+        "teacher_kernel": None,
+        "teacher_top_k": (np.zeros((4, 2), int), np.ones((4, 2))),
+    },
+    "teacher_kernel must have the 24 classes of kernel; got 23: pad the smaller one, and pass num_classes": {
+        "teacher_kernel": np.ones((7, 23))
+    },
+    "teacher_hidden must have the batch shape of hidden, (4, 3); got (4, 7)": {"teacher_hidden": np.ones((4, 7))},
+    "teacher_kernel must have shape (D, C) with D = 7, the last axis of teacher_hidden (4, 3, 7); got (24, 7): it fits "
+    "with transpose_teacher_kernel=True": {"teacher_kernel": np.ones((24, 7))},
+    "teacher_bias must have shape (24,), one entry a class; got (7,)": {"teacher_bias": np.ones(7)},
+    "sample_weight must have shape (4, 3), one weight an example; got (4,)": {"sample_weight": np.ones(4)},
+}
+
+
+@pytest.mark.parametrize(("message", "changed"), ERRORS.items(), ids=range(len(ERRORS)))
+def test_errors(message, changed):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        jaxce.linear_distillation_loss(**problem() | changed)
