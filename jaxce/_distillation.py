@@ -14,6 +14,7 @@ from jaxce._compose import ExampleWeights, reduce_losses, times, weight_sum
 from jaxce._loops import Config, Inputs
 from jaxce._loops.distill import Model, pair, top_and_rest
 from jaxce._losses import Reduction
+from jaxce._mesh import vary_alike
 from jaxce._platform import platform_of
 from jaxce._softmax import TEXTBOOK, keep
 
@@ -155,6 +156,7 @@ def linear_distillation_loss(
 def _distill(
     arrays: dict[str, Any], caps: dict[str, Any], top_k: tuple[Array, Array] | None, *, options: Options
 ) -> Array:
+    arrays, caps, top_k = vary_alike((arrays, caps, top_k))
     hidden, kernel = arrays["hidden"], arrays["kernel"]
     columns = _checks.matmul(hidden, kernel, options.transpose_kernel)
     num_classes = _checks.classes("kernel", columns, options.num_classes)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_trees_close, normal, positive
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxce
 
@@ -182,6 +184,27 @@ def test_impossible_classes_and_large_logits(reverse):
     assert jnp.isfinite(got[0])
     assert all(jnp.isfinite(gradient).all() for gradient in got[1].values())
     assert_close(got[0], textbook(**fixed, reverse=reverse), 1e-8)
+
+
+@both_ways
+def test_tokens_of_several_devices(reverse):
+    """Inside of a `shard_map`; the kernels are the same everywhere."""
+    arrays = problem()
+    names = tuple(arrays)
+
+    def local(*given):
+        losses = jaxce.linear_distillation_loss(
+            **dict(zip(names, given, strict=True)), reverse=reverse, reduction="sum"
+        )
+        return jax.lax.psum(losses, "x")
+
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    specs = tuple(P("x") if name.endswith("hidden") else P() for name in names)
+    loss = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    got = quickly(jax.value_and_grad(loss, (0, 1)))(*arrays.values())
+    count = float(np.prod(BATCH))
+    want, gradients = with_gradients(lambda **given: count * textbook(**given, reverse=reverse), arrays)
+    assert_trees_close(got, (want, (gradients["hidden"], gradients["kernel"])), 1e-10)
 
 
 def test_no_gradient_for_the_teacher():

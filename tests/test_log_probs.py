@@ -123,6 +123,22 @@ def test_second_derivatives(x64, strategy):
     assert_close(quickly(partial(product, ours))(), product(dense), 1e-9)
 
 
+def test_a_batch_is_vmap_is_a_loop(x64):
+    hidden, kernel, labels = problem()
+    temperature = positive(BATCH, 3, np.float64)
+
+    def one(hidden, labels, temperature):
+        return jaxce.linear_token_log_probs(hidden, kernel, labels, temperature=temperature)
+
+    batched = one(hidden, labels, temperature)
+    mapped = jax.vmap(jax.vmap(one))(hidden, labels, temperature)
+    assert_trees_close(mapped, batched)
+    for place in ((0, 0), (1, 2), (3, 1)):
+        single = one(hidden[place], labels[place], temperature[place])
+        for number, whole in zip(single, batched, strict=True):
+            assert abs(number - whole[place]) < 1e-12
+
+
 # On a mesh.
 
 
