@@ -181,14 +181,14 @@ def as_scalar(
 
 def as_temperature(value: ArrayLike) -> Array | None:
     """A temperature, a Python number or an array of them; None where it is 1. The range of an array isn't known."""
-    rule = "temperature must be a positive number, or an array of them"
+    rule = "temperature must be a positive number, or an array of floats"
     if isinstance(value, numbers.Real):
         if isinstance(value, bool) or not value > 0:
             raise ValueError(f"{rule}; got {value!r}: the limit at 0 is argmax of the logits")
         return None if value == 1 else float(value)
     array = as_array("temperature", value)
     if not _is_float(array):
-        raise TypeError(f"{rule}; got {_describe(array)}")
+        raise TypeError(f"{rule}; got {_describe(array)}: temperature.astype(float) makes it one")
     return array
 
 
@@ -314,10 +314,10 @@ def _examples(
     return _index_examples(labels, shape[axis], ignore_index, live)
 
 
-def _index_examples(labels: Array, num_classes: int, ignore_index: int, live: Array | None) -> Examples:
+def _index_examples(labels: Array, num_classes: int, ignore_index: int | None, live: Array | None) -> Examples:
     labels = jnp.asarray(labels)
     limits = jnp.iinfo(labels.dtype)
-    if limits.min <= ignore_index <= limits.max:
+    if ignore_index is not None and limits.min <= ignore_index <= limits.max:
         kept = labels != jnp.asarray(ignore_index, labels.dtype)
         live = kept if live is None else kept & live
     # In the labels' own dtype: an int64 that wraps around to a valid int32 is still a bad label, and so that an
@@ -412,10 +412,13 @@ def projection(hidden: Array, kernel: Array, bias: Array | None, options: Projec
     """
     columns = matmul(hidden, kernel, options.transpose_kernel)
     check_bias("bias", bias, columns)
-    num_classes = classes("kernel", columns * shards, options.num_classes)
-    if options.chunk_size is not None and options.chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None; got {options.chunk_size}")
-    return num_classes
+    check_chunk_size(options.chunk_size)
+    return classes("kernel", columns * shards, options.num_classes)
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None; got {chunk_size}")
 
 
 def check_bias(name: str, bias: Array | None, columns: int) -> None:
@@ -426,8 +429,8 @@ def check_bias(name: str, bias: Array | None, columns: int) -> None:
         )
 
 
-def teacher(hidden: Array, kernel: Array, transpose: bool, batch: Shape, columns: int) -> int:
-    """Checks that a teacher has as many tokens and columns as its student; the columns."""
+def teacher(hidden: Array, kernel: Array, transpose: bool, batch: Shape, columns: int) -> None:
+    """Checks that a teacher has as many tokens and columns as its student."""
     found = matmul(hidden, kernel, transpose, "teacher_")
     _assert_shape(
         hidden,
@@ -439,11 +442,10 @@ def teacher(hidden: Array, kernel: Array, transpose: bool, batch: Shape, columns
             f"teacher_kernel must have the {columns} classes of kernel; got {found}: pad the smaller one, and pass "
             "num_classes"
         )
-    return found
 
 
-def top_k(indices: Array, probabilities: Array, batch: Shape) -> None:
-    """Checks a teacher's likeliest classes."""
+def top_k(indices: Array, probabilities: Array, batch: Shape, num_classes: int, live: Array | None) -> Array:
+    """Checks a teacher's likeliest classes; int32 indices, -1 for a bad one."""
     if not _is_int(indices) or not _is_float(probabilities):
         raise TypeError(
             "teacher_top_k must be a pair of class indices (integers) and of their probabilities (floats); got "
@@ -451,9 +453,11 @@ def top_k(indices: Array, probabilities: Array, batch: Shape) -> None:
         )
     if indices.ndim != len(batch) + 1 or indices.shape[:-1] != batch or probabilities.shape != indices.shape:
         raise ValueError(
-            f"teacher_top_k must be two arrays of shape (*{batch}, k), k classes a token of hidden; got "
-            f"{indices.shape} and {probabilities.shape}"
+            f"teacher_top_k must be two arrays of shape ({', '.join(map(str, (*batch, 'k')))}), k classes for each "
+            f"token of hidden; got {indices.shape} and {probabilities.shape}"
         )
+    live = None if live is None else jnp.broadcast_to(live[..., None], indices.shape)
+    return _index_examples(indices, num_classes, None, live).targets
 
 
 def tokens_left_in(where: Array | None, batch: Shape, hidden: Array) -> Array | None:

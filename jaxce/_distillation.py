@@ -1,6 +1,7 @@
 """`linear_distillation_loss`: the divergence of a student's distribution from a teacher's, without logits of either."""
 
 import math
+import numbers
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,7 +74,8 @@ def linear_distillation_loss(
       teacher_kernel: the teacher's output projection, floats of shape (E, C); (C, E) with `transpose_teacher_kernel`.
       teacher_top_k: instead of those two, the teacher's likeliest classes at the temperature: a pair of class indices
         and of probabilities, of shape (..., k) each. What they lack to 1 is the probability of all other classes
-        together, which are one outcome then. The indices of a token are different from each other.
+        together, which are one outcome then. The indices of a token are different from each other; one that is no
+        class makes the token's loss NaN.
       reverse: the divergence of the teacher from the student, which seeks its modes.
       temperature: divides the logits of both, after the soft cap; a positive number.
       bias: added to the student's logits; shape (C,).
@@ -103,7 +105,7 @@ def linear_distillation_loss(
       >>> print(f"{jaxce.linear_distillation_loss(hidden, student, hidden, teacher):.4f}")
       0.1109
     """
-    if not isinstance(temperature, int | float) or isinstance(temperature, bool) or not temperature > 0:
+    if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool) or not temperature > 0:
         raise ValueError(f"temperature must be a positive number; got {temperature!r}")
     teachers = {"teacher_hidden": teacher_hidden, "teacher_kernel": teacher_kernel, "teacher_top_k": teacher_top_k}
     given = [name for name, value in teachers.items() if value is not None]
@@ -161,68 +163,83 @@ def _distill(
     columns = _checks.matmul(hidden, kernel, options.transpose_kernel)
     num_classes = _checks.classes("kernel", columns, options.num_classes)
     _checks.check_bias("bias", arrays["bias"], columns)
+    _checks.check_chunk_size(options.chunk_size)
     batch = hidden.shape[:-1]
-    tokens = math.prod(batch)
     live = _checks.tokens_left_in(arrays["where"], batch, hidden)
     _checks.check_sample_weight(arrays["sample_weight"], batch)
-
-    def flat(array: Array | None) -> Array | None:
-        return None if array is None else array.reshape(tokens, *array.shape[len(batch) :])
-
-    def model(name: str, transpose: bool) -> tuple[Model, Inputs]:
-        config = Config(
-            platform=options.platform,
-            loop="classes",
-            either_loop=False,
-            keeps_logits=False,
-            chunk_size=options.chunk_size,
-            num_classes=num_classes,
-            columns=num_classes,
-            transpose_kernel=transpose,
-            precision=options.precision,
-            smooth=False,
-            form=TEXTBOOK,
-        )
-        inputs = Inputs(
-            flat(arrays[f"{name}hidden"]),  # type: ignore[arg-type]
-            arrays[f"{name}kernel"],
-            arrays[f"{name}bias"],
-            jnp.zeros(tokens, jnp.int32),
-            None,
-            caps[f"{name}logit_softcap"],
-            flat(live),
-        )
-        return Model(config, options.temperature), inputs
-
-    student, of_student = model("", options.transpose_kernel)
+    student = model("", arrays, caps, live, options, num_classes)
     if top_k is None:
-        of_teacher = (arrays["teacher_hidden"], arrays["teacher_kernel"])
-        _checks.teacher(*of_teacher, options.transpose_teacher_kernel, batch, columns)
+        _checks.teacher(
+            arrays["teacher_hidden"], arrays["teacher_kernel"], options.transpose_teacher_kernel, batch, columns
+        )
         _checks.check_bias("teacher_bias", arrays["teacher_bias"], columns)
-        teacher, known = model("teacher_", options.transpose_teacher_kernel)
-        log_z_x, log_z_u, expected = pair(student, teacher, options.reverse, of_student, lax.stop_gradient(known))
-        losses = expected - log_z_x + log_z_u
+        teacher = model("teacher_", arrays, caps, live, options, num_classes)
+        losses = of_two_models(student, teacher, options.reverse)
     else:
-        _checks.top_k(*top_k, batch)
-        indices, p = (flat(array) for array in top_k)
-        losses = of_top_k(*top_and_rest(student, of_student, indices), lax.stop_gradient(p), options.reverse)  # type: ignore[arg-type]
-    losses = keep(flat(live), options.temperature**2 * losses)
-    sample = flat(arrays["sample_weight"])
+        indices = _checks.top_k(*top_k, batch, num_classes, live)
+        losses = of_top_k(student, flat(indices, batch), flat(top_k[1], batch), options.reverse)
+    live = None if live is None else flat(live, batch)
+    losses = keep(live, options.temperature**2 * losses)
+    sample = arrays["sample_weight"]
     if sample is not None:
-        sample = keep(flat(live), sample.astype(losses.dtype))
+        sample = keep(live, flat(sample, batch).astype(losses.dtype))
     losses = times(sample, losses)
-    total_weight = weight_sum(ExampleWeights(sample, sample), flat(live), losses)
+    total_weight = weight_sum(ExampleWeights(sample, sample), live, losses)
     return reduce_losses(losses.reshape(batch), total_weight, options.reduction)
 
 
-def of_top_k(top: Array, log_rest: Array, p: Array, reverse: bool) -> Array:
-    """The divergence over k classes and the rest."""
-    p = p.astype(top.dtype)
+def flat(array: Array, batch: tuple[int, ...]) -> Array:
+    """The batch axes become one axis of tokens."""
+    return array.reshape(math.prod(batch), *array.shape[len(batch) :])
+
+
+def model(
+    name: str, arrays: dict[str, Any], caps: dict[str, Any], live: Array | None, options: Options, num_classes: int
+) -> tuple[Model, Inputs]:
+    """The student, or with "teacher_" for a name the teacher."""
+    hidden = arrays[f"{name}hidden"]
+    batch = hidden.shape[:-1]
+    config = Config(
+        platform=options.platform,
+        loop="classes",
+        either_loop=False,
+        keeps_logits=False,
+        chunk_size=options.chunk_size,
+        num_classes=num_classes,
+        columns=num_classes,
+        transpose_kernel=options.transpose_teacher_kernel if name else options.transpose_kernel,
+        precision=options.precision,
+        smooth=False,
+        form=TEXTBOOK,
+    )
+    inputs = Inputs(
+        hidden=flat(hidden, batch),
+        kernel=arrays[f"{name}kernel"],
+        bias=arrays[f"{name}bias"],
+        targets=jnp.zeros(math.prod(batch), jnp.int32),  # there are no labels
+        class_weight=None,
+        softcap=caps[f"{name}logit_softcap"],
+        live=None if live is None else flat(live, batch),
+    )
+    return Model(config, options.temperature), inputs
+
+
+def of_two_models(student: tuple[Model, Inputs], teacher: tuple[Model, Inputs], reverse: bool) -> Array:
+    """The divergence over all classes."""
+    (ours, of_student), (theirs, of_teacher) = student, teacher
+    log_z_x, log_z_u, expected = pair(ours, theirs, reverse, of_student, lax.stop_gradient(of_teacher))
+    return expected - log_z_x + log_z_u
+
+
+def of_top_k(student: tuple[Model, Inputs], indices: Array, p: Array, reverse: bool) -> Array:
+    """The divergence over k classes and the rest; NaN where an index is no class."""
+    top, log_rest = top_and_rest(*student, indices)
+    p = lax.stop_gradient(p).astype(top.dtype)
     rest = 1 - p.sum(1, keepdims=True)
     # What rounding alone may have left is nothing.
     rest = jnp.where(rest > p.shape[1] * jnp.finfo(p.dtype).eps, rest, 0)
     log_p = jnp.log(jnp.concatenate([p, rest], 1))
-    logits = jnp.concatenate([top, log_rest[:, None]], 1)
+    logits = jnp.concatenate([jnp.where(indices < 0, jnp.nan, top), log_rest[:, None]], 1)
     log_q = logits - jax.nn.logsumexp(logits, 1, keepdims=True)
     if reverse:
         log_p, log_q = log_q, log_p

@@ -152,7 +152,8 @@ BUGS = [
     Bug("distillation: the temperature isn't in the gradient", DISTILL, "dlogits, dsoftcap = pull(keep(None if slab.live is None else slab.live[:, None], gradient(x, start, size)))", "dlogits, dsoftcap = gradient(x, start, size), pull(0 * x)[1]", DISTILLED),
     Bug("distillation: likeliest classes are among the rest", DISTILL, "rest.add(without(x, place, -jnp.inf))", "rest.add(x)", DISTILLED),
     Bug("distillation: likeliest classes have the rest's gradient", DISTILL, "return without(of_rest, place, g_top)", "return of_rest", DISTILLED),
-    Bug("distillation: NaN of a token left out meets a matmul", DISTILL, "inputs._replace(hidden=jnp.where(inputs.live[:, None], inputs.hidden, 0))", "inputs._replace(hidden=1 * inputs.hidden)", DISTILLED),
+    Bug("distillation: NaN of a token left out meets a matmul", DISTILL, "clean = without_left_out(inputs)", "clean = inputs", DISTILLED),
+    Bug("distillation: an index that is no class has no share", "_distillation.py", "jnp.where(indices < 0, jnp.nan, top)", "top", DISTILLED),
     # The forms.
     Bug("few classes: no derivative", "_forms/cpu_few_classes.py", "jax.tree.map(lambda row: row.sum(0), *tangents)", "jax.tree.map(lambda row: 0 * row.sum(0), *tangents)", "test_transformations.py"),
     Bug("long rows: slabs count from 0", "_forms/cpu_long_rows.py", "first_class + jnp.arange(count, dtype=jnp.int32) * (classes // count)", "first_class + jnp.zeros(count, jnp.int32)", NUMBERS),

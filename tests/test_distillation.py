@@ -155,6 +155,23 @@ def test_likeliest_classes_of_a_teacher(reverse, temperature):
     assert_trees_close(quickly(ours)(arrays), with_gradients(want, arrays), 1e-10)
 
 
+@both_ways
+def test_an_index_that_is_no_class_is_nan(reverse):
+    arrays = problem()
+    student = {name: arrays[name] for name in ("hidden", "kernel")}
+    indices = jnp.zeros((*BATCH, 1), int).at[0, 0].set(CLASSES).at[1, 1].set(-1).at[2, 2].set(CLASSES)
+    top_k = (indices.astype(jnp.int16), jnp.full((*BATCH, 1), 0.5))
+    where = jnp.ones(BATCH, bool).at[2, 2].set(False)
+    losses = jaxce.linear_distillation_loss(
+        **student, teacher_top_k=top_k, where=where, reverse=reverse, reduction="none"
+    )
+    bad = jnp.isnan(losses)
+    assert bad.sum() == 2
+    assert bad[0, 0]
+    assert bad[1, 1]
+    assert losses[2, 2] == 0
+
+
 def test_all_classes_of_a_teacher_are_the_teacher():
     arrays = problem()
     whole = jaxce.linear_distillation_loss(**arrays)
@@ -255,6 +272,7 @@ def test_no_logits_are_stored():
 
 ERRORS = {
     "temperature must be a positive number; got 0": {"temperature": 0},
+    "chunk_size must be at least 1, or None; got 0": {"chunk_size": 0},
     "the teacher must be given as teacher_hidden and teacher_kernel, or else as teacher_top_k; got teacher_hidden": {
         "teacher_kernel": None
     },
@@ -268,7 +286,7 @@ ERRORS = {
         "teacher_top_k": (np.zeros((4, 3, 2), int), np.ones((4, 3, 2))),
         "teacher_bias": np.ones(CLASSES),
     },
-    "teacher_top_k must be two arrays of shape (*(4, 3), k), k classes a token of hidden; got (4, 2) and (4, 2)": {
+    "teacher_top_k must be two arrays of shape (4, 3, k), k classes for each token of hidden; got (4, 2) and (4, 2)": {
         "teacher_hidden": None,
         "teacher_kernel": None,
         "teacher_top_k": (np.zeros((4, 2), int), np.ones((4, 2))),

@@ -266,7 +266,7 @@ def test_a_traced_temperature_of_0_or_below_is_nan():
 @pytest.mark.parametrize("function", [jaxce.token_log_probs, partial(jaxce.linear_token_log_probs, jnp.ones((3, 8)))])
 def test_errors(function):
     scores, labels = jnp.ones((8, 8)) if isinstance(function, partial) else jnp.ones((3, 8)), jnp.zeros(3, int)
-    rule = "temperature must be a positive number, or an array of them; got "
+    rule = "temperature must be a positive number, or an array of floats; got "
     cases = {
         f"{rule}0: the limit at 0 is argmax of the logits": {"temperature": 0},
         f"{rule}-0.5: the limit at 0 is argmax of the logits": {"temperature": -0.5},

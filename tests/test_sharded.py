@@ -217,6 +217,35 @@ def test_a_slab_that_one_device_does_again(strategy, how, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("wanted", [("hidden",), ("kernel",)])
+@pytest.mark.parametrize("strategy", ["auto", "classes"])
+def test_frozen_hidden_states_or_kernel(wanted, strategy):
+    hidden, kernel, labels = problem()
+    loss = partial(sharded.linear_cross_entropy, mesh=mesh_of(AxisType.Auto), strategy=strategy, chunk_size=5, **SPECS)
+    argnums = tuple(("hidden", "kernel").index(name) for name in wanted)
+    got, want = (
+        quickly(jax.value_and_grad(each, argnums))(hidden, kernel, labels)
+        for each in (loss, jaxce.linear_cross_entropy)
+    )
+    assert_trees_close(got, want)
+
+
+@pytest.mark.parametrize("how", [{}, {"kernel_gather": "slabs"}], ids=["whole", "slabs"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bits(dtype, how):
+    """Parts of a gradient are rounded before they are summed over devices, as the partitioner's are."""
+    hidden, kernel, labels = problem()
+    hidden, kernel = hidden.astype(dtype), kernel.astype(dtype)
+    want = plain_gradients()(hidden.astype(jnp.float64), kernel.astype(jnp.float64), labels)
+    loss = partial(sharded.linear_cross_entropy, mesh=mesh_of(AxisType.Auto), chunk_size=5, **SPECS, **how)
+    value, gradients = quickly(plain_gradients(loss))(hidden, kernel, labels)
+    assert value.dtype == jnp.float32
+    assert_close(value.astype(jnp.float64), want[0], 1e-5)
+    for gradient, exact in zip(gradients, want[1], strict=True):
+        assert gradient.dtype == dtype
+        assert_close(gradient.astype(jnp.float64), exact, 4 * float(jnp.finfo(dtype).eps))
+
+
 # Logits.
 
 

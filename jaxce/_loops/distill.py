@@ -27,6 +27,7 @@ from jaxce._loops.shared import (
     scan_chunks,
     take_slab,
     wanted_gradients,
+    without_left_out,
     zeros,
 )
 from jaxce._softmax import cap_logits, compute_dtype, finite, keep, primal_values
@@ -220,7 +221,7 @@ def backward(
     """The gradients of what a model's logits are made of, from those of a slab of its logits at the temperature."""
     config, project = model.config, Projection(model.config)
     dtype = matmul_dtype(inputs.hidden, inputs.kernel)
-    clean = inputs if inputs.live is None else inputs._replace(hidden=jnp.where(inputs.live[:, None], inputs.hidden, 0))
+    clean = without_left_out(inputs)
 
     def step(sums: Any, start: Array | int, size: int) -> Any:
         slab = take_slab(config, clean, start, size)
