@@ -118,8 +118,8 @@ def linear_cross_entropy(
         N times the bytes of an entry of `hidden`; on a CPU where the kernel is small, D·C at most 2²¹: there it is
         faster, and its float32 gradients are small beside the logits. Else, and for `reduction="none"`, it is
         "classes"; on a CPU with float32 that keeps the logits of D tokens where the kernel's gradient will be, and has
-        3 matmuls for up to D tokens, 4 - D/N for more. Under `jax.set_mesh` with automatic axes it is "tokens", in chunks
-        of tokens from all devices: there, `jaxce.sharded.linear_cross_entropy` is faster and leaner.
+        3 matmuls for up to D tokens, 4 - D/N for more. Under `jax.set_mesh` with automatic axes it is "tokens", in
+        chunks of tokens from all devices: there, `jaxce.sharded.linear_cross_entropy` is faster and leaner.
       precision: of the matmuls, as for `jax.lax.dot_general`.
       weight: weight of each class, shape (num_classes,).
       sample_weight: weight of each token, of the labels' batch shape.
