@@ -40,9 +40,11 @@ def as_array(name: str, value: ArrayLike) -> Array:
                 return array  # type: ignore[return-value]
         except (TypeError, ValueError):
             pass
-    raise TypeError(
-        f"{name} must be an array, or what jnp.asarray makes into one; got {type(value).__name__}: {_brief(value)}"
-    )
+    message = f"{name} must be an array, or what jnp.asarray makes into one; got {type(value).__name__}: "
+    if name.endswith("kernel") and callable(value):
+        message += "pass the layer's array, such as layer.kernel, or, "
+        raise TypeError(f"{message}with transpose_{name}=True, layer.weight or layer.embedding")
+    raise TypeError(message + _brief(value))
 
 
 @jax.tree_util.register_dataclass
@@ -167,13 +169,15 @@ def as_scalar(
     rule: str,
 ) -> Array | None:
     """A float option, a Python number or an array; None where it is off. The range of an array isn't known."""
-    if value is None and off is None:
-        return None
+    if value is None:
+        if off is None:
+            return None
+        raise TypeError(f"{name} must be {rule}; got None: {off} turns it off")
     if isinstance(value, numbers.Real):
         if isinstance(value, bool) or not valid(float(value)):
             raise ValueError(f"{name} must be {rule}; got {value!r}")
         return None if value == off else float(value)
-    array = as_array(name, value)  # type: ignore[arg-type]
+    array = as_array(name, value)
     if array.shape != () or not (_is_float(array) or _is_int(array)):
         raise ValueError(f"{name} must be a real number or a scalar array; got {_describe(array)}")
     return array
@@ -220,7 +224,7 @@ def integer(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be a Python integer; got {type(value).__name__}: {_brief(value)}") from None
+        raise TypeError(f"{name} must be a Python integer; got {_static(value)}") from None
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
@@ -235,12 +239,20 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 def flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False; got {type(value).__name__}: {_brief(value)}")
+        raise TypeError(f"{name} must be True or False; got {_static(value)}")
     return bool(value)
 
 
-def class_axis(name: str, array: Array, axis: int) -> int:
+def _static(value: Any) -> str:
+    """What came for an option that must be known when the function is traced."""
+    if isinstance(value, jax.core.Tracer):
+        return "a tracer: name it in static_argnames of jax.jit, or bind it first with functools.partial"
+    return f"{type(value).__name__}: {_brief(value)}"
+
+
+def class_axis(name: str, array: Array, axis: int, labels: Array | None = None) -> int:
     """The class axis of `array`, counted from the front."""
+    _assert_order(labels, **{name: array})
     _assert_float(name, array)
     if array.ndim == 0:
         raise ValueError(f"{name} must have a class axis; got a scalar: one example has shape (C,), one entry a class")
@@ -365,16 +377,20 @@ def _label_shape_message(name: str, shape: Shape, axis: int, batch: Shape, label
     else:
         message = f"labels must have shape {batch}, that of {origin}; got {got}"
     others = [a for a in range(len(shape)) if a != axis and shape[:a] + shape[a + 1 :] == got]
+    extra = [a for a in range(len(got)) if got[:a] + got[a + 1 :] == batch and got[a] == 1]
     if batch == () and got == (1,):
         return f"{message}: labels[0] is the scalar"
     if got == shape or batch == ():
         hint = "labels.argmax() is the index of a one-hot vector, labels.astype(float) are probabilities"
         hint = hint.replace("()", f"({axis})") if batch else hint
         return f"{message}: {hint}"
-    if len(got) == len(batch) + 1 and got == (*batch, 1):
+    if got == (*batch, 1):
         return f"{message}: drop the last axis with labels[..., 0]"
+    if extra:
+        return f"{message}: drop axis {extra[0]} with jnp.squeeze(labels, {extra[0]})"
     if others:
-        return f"{message}: if the classes are on axis {others[0]}, as PyTorch has them, pass axis={others[0]}"
+        other, like = (1, ", as PyTorch has them") if 1 in others else (others[0], "")
+        return f"{message}: if the classes are on axis {other}{like}, pass axis={other}"
     if labels.size == 1:
         return f"{message}: jnp.full({batch}, label) is one label for every row"
     return message
@@ -405,12 +421,14 @@ def check_sample_weight(value: Array | None, batch: Shape) -> None:
     )
 
 
-def projection(hidden: Array, kernel: Array, bias: Array | None, options: ProjectionOptions, shards: int = 1) -> int:
+def projection(
+    hidden: Array, kernel: Array, bias: Array | None, labels: Array, options: ProjectionOptions, shards: int = 1
+) -> int:
     """Checks that `hidden @ kernel + bias` is right; how many of its columns are classes.
 
     With `shards`, the kernel is one of so many parts of as many columns.
     """
-    columns = matmul(hidden, kernel, options.transpose_kernel)
+    columns = matmul(hidden, kernel, options.transpose_kernel, labels=labels)
     check_bias("bias", bias, columns)
     check_chunk_size(options.chunk_size)
     return classes("kernel", columns * shards, options.num_classes)
@@ -473,8 +491,9 @@ def classes(name: str, columns: int, num_classes: int | None) -> int:
     return columns if num_classes is None else num_classes
 
 
-def matmul(hidden: Array, kernel: Array, transpose_kernel: bool, of: str = "") -> int:
+def matmul(hidden: Array, kernel: Array, transpose_kernel: bool, of: str = "", labels: Array | None = None) -> int:
     """Checks that `hidden @ kernel` is right; how many columns it has. `of` goes before the names."""
+    _assert_order(labels, hidden=hidden, kernel=kernel)
     _assert_float(f"{of}hidden", hidden)
     _assert_float(f"{of}kernel", kernel)
     if hidden.ndim == 0:
@@ -525,6 +544,20 @@ def _assert_shape(array: Array, shape: Shape, message: Callable[[], str]) -> Non
         raise ValueError(message()) from None
     if array.shape != shape:
         raise ValueError(message())
+
+
+def _assert_order(labels: Array | None, **floats: Array) -> None:
+    """Asks whether arguments are swapped, if labels are floats and integers have the shape of labels for others."""
+    if labels is None or not _is_float(labels):
+        return
+    arrays = {**floats, "labels": labels}
+    axes = [array.ndim for array in arrays.values() if _is_float(array)]
+    if any(_is_int(array) and array.ndim + 1 in axes for array in floats.values()):
+        got = ", ".join(f"{name} {_describe(array)}" for name, array in arrays.items())
+        raise TypeError(
+            f"{' and '.join(floats)} must be of a float dtype; got {got}: are they swapped? The order is "
+            f"{', '.join(arrays)}"
+        )
 
 
 def _assert_float(name: str, array: Array) -> None:

@@ -188,7 +188,7 @@ def _linear_cross_entropy(
     output: Output = "loss",
 ) -> Any:
     shards = 1 if layout is None or layout.mesh is not None else size_along(layout.classes)
-    num_classes = _checks.projection(hidden, kernel, bias, projection, shards)
+    num_classes = _checks.projection(hidden, kernel, bias, labels, projection, shards)
     batch = hidden.shape[:-1]
     targets, live = _checks.examples(
         "logits",

@@ -215,7 +215,7 @@ def nll_loss(
 
 @partial(jax.jit, static_argnames=("axis",))
 def _nll_loss(log_probs: Array, labels: Array, options: LossOptions, *, axis: int) -> Array:
-    axis = _checks.class_axis("log_probs", log_probs, axis)
+    axis = _checks.class_axis("log_probs", log_probs, axis, labels)
     targets, live = _checks.examples("log_probs", log_probs.shape, axis, labels, options)
     weight = options.weight
     in_axes = (0, 0, None, None if live is None else 0)
@@ -349,7 +349,7 @@ def _cross_entropy(
     layout: Layout | None = None,
     output: Output = "loss",
 ) -> Any:
-    axis = _checks.class_axis("logits", logits, axis)
+    axis = _checks.class_axis("logits", logits, axis, labels)
     shards = 1 if layout is None or layout.mesh is not None else size_along(layout.classes)
     columns = logits.shape[axis]
     num_classes = _checks.classes("logits", columns * shards, num_classes)

@@ -157,7 +157,7 @@ def cross_entropy(
         return_stats=return_stats,
     )
     logits = _checks.as_array("logits", logits)
-    axis = _checks.class_axis("logits", logits, _checks.integer("axis", axis))
+    axis = _checks.class_axis("logits", logits, _checks.integer("axis", axis), labels)
     return _cross_entropy(
         logits,
         labels,
@@ -558,7 +558,7 @@ def _layout_of_projection(
         _check_parts("kernel", kernel, "classes", "class_axes", layout.classes)
         return layout
     mesh = _layout.find_mesh(mesh, [hidden, kernel])
-    _checks.matmul(hidden, kernel, transpose_kernel)
+    _checks.matmul(hidden, kernel, transpose_kernel, labels=labels)
     return _layout.layout_of_projection(
         mesh,
         _layout.place(mesh, "hidden", hidden, hidden_spec, "P('data')"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxce
+from jaxce import sharded
 
 LOGITS = np.zeros((4, 10), np.float32)
 LABELS = np.array([1, 2, 3, 0], np.int32)
@@ -21,6 +22,7 @@ KINDS = "labels must be class indices (integers) or class probabilities (floats)
 WHERE_4 = "where must be broadcastable to shape (4,), that of logits (4, 10) without the class axis; got "
 WHERE_HINT = ": it says which examples count; to rule out classes, use jnp.where(mask, logits, -jnp.inf)"
 NUMBERS = "must be an array, or what jnp.asarray makes into one; got "
+STATIC = "got a tracer: name it in static_argnames of jax.jit, or bind it first with functools.partial"
 
 # Arrays, which jit traces; options; the message.
 SHAPES = {
@@ -50,6 +52,13 @@ SHAPES = {
         f"{PROBABILITIES}(4, 10); got float32 of shape (1, 10)",
     ),
     "labels (N, 1)": ((LOGITS, LABELS[:, None]), {}, f"{LABELS_4}(4, 1): drop the last axis with labels[..., 0]"),
+    "labels (N, 1, H) as in mask files": (
+        (IMAGES, np.zeros((4, 1, 3), int)),
+        {"axis": 1},
+        "labels must have shape (4, 3), that of logits (4, 10, 3) without the class axis; got (4, 1, 3): "
+        "drop axis 1 with jnp.squeeze(labels, 1)",
+    ),
+    "labels (1, N)": ((LOGITS, LABELS[None]), {}, f"{LABELS_4}(1, 4): drop axis 0 with jnp.squeeze(labels, 0)"),
     "a scalar label for many rows": (
         (LOGITS, LABELS[0]),
         {},
@@ -71,6 +80,18 @@ SHAPES = {
         (IMAGES[..., None], np.zeros((4, 3, 1), int)),
         {},
         "labels must have shape (4, 10, 3), that of logits (4, 10, 3, 1) without the class axis; got (4, 3, 1): "
+        "if the classes are on axis 1, as PyTorch has them, pass axis=1",
+    ),
+    "the axis of PyTorch for classes on the last one": (
+        (IMAGES, np.zeros((4, 10), int)),
+        {"axis": 1},
+        "labels must have shape (4, 3), that of logits (4, 10, 3) without the class axis; got (4, 10): "
+        "if the classes are on axis 2, pass axis=2",
+    ),
+    "axes 0 and 1 that both fit": (
+        (IMAGES[:, :4], np.zeros((4, 3), int)),
+        {},
+        "labels must have shape (4, 4), that of logits (4, 4, 3) without the class axis; got (4, 3): "
         "if the classes are on axis 1, as PyTorch has them, pass axis=1",
     ),
     "weight of the wrong length": (
@@ -137,6 +158,17 @@ TYPES = {
         {},
         "logits must be of a float dtype; got int32 of shape (4, 10): logits.astype(jnp.float32) makes them one",
     ),
+    "labels before logits": (
+        (LABELS, LOGITS),
+        {},
+        "logits must be of a float dtype; got logits int32 of shape (4,), labels float32 of shape (4, 10): are they "
+        "swapped? The order is logits, labels",
+    ),
+    "integer logits with probabilities": (
+        (LOGITS.astype(np.int32), ONE_HOT),
+        {},
+        "logits must be of a float dtype; got int32 of shape (4, 10): logits.astype(jnp.float32) makes them one",
+    ),
     "bool logits": (
         (LOGITS > 0, LABELS),
         {},
@@ -170,6 +202,16 @@ NOT_ARRAYS = {
         "ignore_index must be a Python integer; got float: 1.0",
     ),
     "float axis": ((LOGITS, LABELS), {"axis": 1.0}, "axis must be a Python integer; got float: 1.0"),
+    "None for label_smoothing": (
+        (LOGITS, LABELS),
+        {"label_smoothing": None},
+        "label_smoothing must be a number from 0 to 1; got None: 0 turns it off",
+    ),
+    "None for z_loss": (
+        (LOGITS, LABELS),
+        {"z_loss": None},
+        "z_loss must be a number that isn't negative; got None: 0 turns it off",
+    ),
     "int return_stats": ((LOGITS, LABELS), {"return_stats": 1}, "return_stats must be True or False; got int: 1"),
 }
 
@@ -243,6 +285,86 @@ def test_nll_loss_speaks_of_log_probs(jit):
         "log_probs must be of a float dtype; got int32 of shape (4,): log_probs.astype(jnp.float32) makes them one"
     )
     assert_raises(TypeError, message, call, LABELS, LABELS)
+    message = (
+        "log_probs must be of a float dtype; got log_probs int32 of shape (4,), labels float32 of shape (4, 10): are "
+        "they swapped? The order is log_probs, labels"
+    )
+    assert_raises(TypeError, message, call, LABELS, LOGITS)
+
+
+@pytest.mark.parametrize("order", ["hyk", "yhk", "ykh"])
+@pytest.mark.parametrize("batch", [(4,), (2, 4)], ids=str)
+@pytest.mark.parametrize("jit", [False, True])
+def test_swapped_arguments_of_a_projection(order, batch, jit):
+    arrays = {
+        "h": np.zeros((*batch, 6), np.float32),
+        "k": np.zeros((6, 10), np.float32),
+        "y": np.zeros(batch, np.int32),
+    }
+    given = [arrays[name] for name in order]
+    hidden, kernel, labels = (f"{array.dtype} of shape {array.shape}" for array in given)
+    message = (
+        f"hidden and kernel must be of a float dtype; got hidden {hidden}, kernel {kernel}, labels {labels}: are they "
+        "swapped? The order is hidden, kernel, labels"
+    )
+    call = jaxce.linear_cross_entropy
+    assert_raises(TypeError, message, jax.jit(call) if jit else call, *given)
+
+
+def test_swapped_arguments_on_a_mesh():
+    message = (
+        "logits must be of a float dtype; got logits int32 of shape (4,), labels float32 of shape (4, 10): are they "
+        "swapped? The order is logits, labels"
+    )
+    mesh = jax.make_mesh((1,), ("data",))
+    assert_raises(TypeError, message, lambda: sharded.cross_entropy(LABELS, LOGITS, mesh=mesh))
+    message = (
+        "hidden and kernel must be of a float dtype; got hidden float32 of shape (10, 4), kernel int32 of shape (10,), "
+        "labels float32 of shape (4, 10): are they swapped? The order is hidden, kernel, labels"
+    )
+    call = sharded.linear_cross_entropy
+    assert_raises(TypeError, message, lambda: call(LOGITS.T, np.arange(10, dtype=np.int32), LOGITS, mesh=mesh))
+
+
+class Linear:
+    """A layer, as of Flax or Equinox."""
+
+    def __call__(self, x):
+        return x
+
+
+def test_a_layer_for_its_kernel():
+    message = (
+        f"kernel {NUMBERS}Linear: pass the layer's array, such as layer.kernel, or, with transpose_kernel=True, "
+        "layer.weight or layer.embedding"
+    )
+    assert_raises(TypeError, message, lambda: jaxce.linear_cross_entropy(LOGITS, Linear(), LABELS))
+    message = message.replace("kernel must", "teacher_kernel must").replace("transpose_", "transpose_teacher_")
+    kernel = np.zeros((10, 10), np.float32)
+    assert_raises(
+        TypeError, message, lambda: jaxce.linear_distillation_loss(LOGITS, kernel, LOGITS, teacher_kernel=Linear())
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("ignore_index", 255, "a Python integer"),
+        ("num_classes", 9, "a Python integer"),
+        ("chunk_size", 9, "a Python integer"),
+        ("transpose_kernel", True, "True or False"),
+        ("return_stats", True, "True or False"),
+    ],
+)
+def test_options_that_jit_traces(name, value, rule):
+    call, kernel = jax.jit(jaxce.linear_cross_entropy), np.zeros((10, 10), np.float32)
+    assert_raises(TypeError, f"{name} must be {rule}; {STATIC}", lambda: call(LOGITS, kernel, LABELS, **{name: value}))
+
+
+def test_axis_that_jit_traces():
+    message = f"axis must be a Python integer; {STATIC}"
+    assert_raises(TypeError, message, lambda: jax.jit(jaxce.cross_entropy)(LOGITS, LABELS, axis=1))
+    assert_raises(TypeError, message, lambda: jax.jit(jaxce.log_softmax)(LOGITS, 1))
 
 
 def test_log_softmax():
