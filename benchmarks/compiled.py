@@ -14,19 +14,11 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# There is no TPU for two processes to quarrel about.
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-# There is no card to try kernels out on.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 
 import hlo
 import jax
@@ -34,43 +26,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxce
 from jaxce import _forms
+from jaxce._report.devices import CHIPS, named, without_a_device
+
+without_a_device()
 
 Shape = tuple[int, int, int]  # (N, D, C)
 Loss = Callable[..., Any]
 
 
-class Chip(NamedTuple):
-    topology: str
-    hertz: float
-    flops: float  # at most, a second, in bfloat16
-
-
-CHIPS = {
-    "TPU v5e": Chip("v5e:2x2", 1.5e9, 197e12),
-    "TPU v5p": Chip("v5p:2x2x1", 1.75e9, 459e12),
-    "TPU v6e": Chip("v6e:2x2", 1.75e9, 918e12),
-}
-
-# The card's published limits, in the form that XLA reads.
-H200 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 threads_per_warp: 32
-  threads_per_block_limit: 1024 threads_per_core_limit: 2048 registers_per_core_limit: 65536
-  registers_per_block_limit: 65536 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
-  device_memory_size: 150000000000
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
+DEVICES = {"TPU v5e": "tpu-v5e", "TPU v5p": "tpu-v5p", "TPU v6e": "tpu-v6e", "H200": "h200"}
 
 ON_V5E: tuple[Shape, ...] = (
     (8_192, 4_096, 128_256),
@@ -148,14 +117,6 @@ def contestants() -> dict[str, Loss]:
     return found | OURS
 
 
-def device(name: str) -> Any:
-    if name == "H200":
-        options = {"platform": "cuda", "topology_name": "", "target_config": H200, "topology": "1x1x1"}
-    else:
-        options = {"platform": "tpu", "topology_name": CHIPS[name].topology}
-    return topologies.get_topology_desc(**options).devices[0]
-
-
 class Compiled(NamedTuple):
     text: str
     temporaries: int  # bytes
@@ -170,7 +131,7 @@ def compile_for(
     name: str, function: Callable[..., Any], arguments: Sequence[tuple[tuple[int, ...], Any]]
 ) -> Compiled | None:
     """`function` for arguments of these shapes and dtypes; None if it doesn't fit into the device's memory."""
-    mesh = Mesh(np.array([device(name)]), ("x",))
+    mesh = Mesh(np.array(named(DEVICES[name])[:1]), ("x",))
     placed = [jax.ShapeDtypeStruct(s, t, sharding=NamedSharding(mesh, PartitionSpec())) for s, t in arguments]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(function).trace(*placed)
@@ -232,7 +193,7 @@ def on_tpu(name: str, program: Compiled | None, shape: Shape, matmuls: int) -> d
     """Expected time, in ms and as a multiple of that of so many matmuls at the chip's peak, and temporaries in GB."""
     if program is None:
         return {"fits": False}
-    chip = CHIPS[name]
+    chip = CHIPS[DEVICES[name]]
     seconds = hlo.cycles(program.text) / chip.hertz
     multiple = seconds / (matmuls * 2.0 * math.prod(shape) / chip.flops)
     return {"fits": True, "ms": 1e3 * seconds, "multiple": multiple, "temporaries_gb": program.temporaries / 1e9}

@@ -24,21 +24,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxce
+from jaxce._report.devices import CHIPS, named
 
 FEATURES, LENGTH, SEQUENCES = 4_096, 4_096, 2
 CLASSES = (128_256, 262_144)
 OF_TOKENS, OF_KERNEL = PartitionSpec("data"), PartitionSpec("data", "model")
 # Chips, and how many along `data` and `model`.
 MESHES = (
-    ("TPU v5e", "v5e:2x4", 4, 2),
-    ("TPU v5e", "v5e:8x8", 16, 4),
-    ("TPU v5e", "v5e:16x16", 32, 8),
-    ("TPU v5p", "v5p:8x8x16", 128, 8),
-    ("H200", "1x1x8", 4, 2),
+    ("TPU v5e", "tpu-v5e:2x4", 4, 2),
+    ("TPU v5e", "tpu-v5e:8x8", 16, 4),
+    ("TPU v5e", "tpu-v5e:16x16", 32, 8),
+    ("TPU v5p", "tpu-v5p:8x8x16", 128, 8),
+    ("H200", "h200:8", 4, 2),
 )
 
 
@@ -77,7 +77,7 @@ CONTESTANTS: dict[str, Callable[..., Array]] = {
 
 class Case(NamedTuple):
     device: str
-    topology: str
+    chips: str
     data: int
     model: int
     classes: int
@@ -98,11 +98,7 @@ LAYOUTS = {
 
 
 def mesh_of(case: Case) -> Mesh:
-    if case.device == "H200":
-        options = {"platform": "cuda", "topology_name": "", "target_config": compiled.H200, "topology": case.topology}
-    else:
-        options = {"platform": "tpu", "topology_name": case.topology}
-    devices = topologies.get_topology_desc(**options).devices[: case.data * case.model]
+    devices = named(case.chips)[: case.data * case.model]
     return Mesh(np.array(devices).reshape(case.data, case.model), ("data", "model"))
 
 
@@ -168,11 +164,11 @@ def measure(case: Case, loss: Callable[..., Array]) -> dict[str, Any]:
         return {"fits": False}
     text = program.as_text()
     sent = hlo.collectives(text)
-    chip = compiled.CHIPS.get(case.device)
+    chip = CHIPS[compiled.DEVICES[case.device]]
     return {
         "fits": True,
         "temporaries_mb": program.memory_analysis().temp_size_in_bytes / 1e6,
-        "ms": 1e3 * hlo.cycles(text) / chip.hertz if chip else None,
+        "ms": 1e3 * hlo.cycles(text) / chip.hertz if chip.hertz else None,
         "sent_mb": sum(one.bytes for one in sent) / 1e6,
         "sent_by_kind_mb": {
             kind: sum(one.bytes for one in sent if one.kind == kind) / 1e6 for kind in {one.kind for one in sent}
@@ -183,9 +179,9 @@ def measure(case: Case, loss: Callable[..., Array]) -> dict[str, Any]:
 def of_meshes(chips: list[int] | None) -> list[dict[str, Any]]:
     rows = []
     compiled.head("devices", "data × model", "C", "loss and gradients", "temporaries, MB", "ms", "sent, MB", "formula")
-    for device, topology, data, model in MESHES:
+    for device, chips_there, data, model in MESHES:
         for classes in CLASSES if not chips or data * model in chips else ():
-            case = Case(device, topology, data, model, classes)
+            case = Case(device, chips_there, data, model, classes)
             for label, loss in CONTESTANTS.items():
                 gathers = {"`sharded`": 1, '`sharded`, `kernel_gather="slabs"`': 2}.get(label)
                 formula = None if gathers is None else sent_by_formula(case, gathers=gathers) / 1e6
@@ -203,7 +199,7 @@ def of_layouts() -> list[dict[str, Any]]:
     head = "temporaries, MB", "ms", "sent, MB", "formula"
     compiled.head("4 × 2 TPU v5e, C = 128,256", "`hidden_spec`", "`kernel_spec`", *head)
     for label, (of_tokens, of_kernel) in LAYOUTS.items():
-        case = Case("TPU v5e", "v5e:2x4", 4, 2, 128_256, of_tokens, of_kernel)
+        case = Case("TPU v5e", "tpu-v5e:2x4", 4, 2, 128_256, of_tokens, of_kernel)
         found = measure(case, sharded(hidden_spec=of_tokens, kernel_spec=of_kernel))
         row = {**found, "formula_mb": sent_by_formula(case) / 1e6}
         rows.append({"layout": label, "of_tokens": str(of_tokens), "of_kernel": str(of_kernel), **row})

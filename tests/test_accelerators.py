@@ -1,7 +1,9 @@
 """What the compilers for a TPU v5e and an H200 make of the losses, on a machine that has neither."""
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -109,9 +111,9 @@ def test_log_probabilities_and_entropies_on_a_tpu():
 
 
 # On a mesh: loss and both gradients, 4,096 features, two sequences of 4,096 tokens for each device along `data`.
-EIGHT = sharded.Case("TPU v5e", "v5e:2x4", 4, 2, 128_256)
-POD = sharded.Case("TPU v5e", "v5e:16x16", 32, 8, 128_256)
-ON_H200S = sharded.Case("H200", "1x1x8", 4, 2, 128_256)
+EIGHT = sharded.Case("TPU v5e", "tpu-v5e:2x4", 4, 2, 128_256)
+POD = sharded.Case("TPU v5e", "tpu-v5e:16x16", 32, 8, 128_256)
+ON_H200S = sharded.Case("H200", "h200:8", 4, 2, 128_256)
 
 
 def kernel_bytes(case):
@@ -167,3 +169,17 @@ def test_the_plain_function_on_automatic_axes_of_tpus(case, ms):
     assert hlo.cycles(program.as_text()) / 1.5e9 <= ms / 1e3
     gathered = [one for one in hlo.collectives(program.as_text()) if one.kind in ("all-gather", "all-to-all")]
     assert max(one.shape.bytes for one in gathered) <= 2 * kernel_bytes(case)
+
+
+def test_the_report_of_a_slice():
+    """As users call it: the compiler is here and the chips aren't."""
+    sizes = ["--tokens", "65536", "--features", "256", "--classes", "8192"]
+    options = ["--device", "tpu-v5e:2x4", "--mesh", "data=4,model=2", "--json"]
+    done = subprocess.run([sys.executable, "-m", "jaxce", *sizes, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["step"]["devices"] == [{"kind": "TPU v5 lite", "platform": "tpu", "count": 8, "memory": 2**34}]
+    needs = {one["name"]: one for one in found["losses"]}
+    # No faster than the chip's peak allows, and not a hundred times slower.
+    assert all(1 < one["seconds"] * 197e12 / one["flops"] < 100 for one in needs.values())
+    assert needs["auto"]["temporaries"] == needs["classes"]["temporaries"] < needs["dense"]["temporaries"]

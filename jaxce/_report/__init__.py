@@ -1,0 +1,1 @@
+"""The report of `python -m jaxce`: nothing of the package imports it."""
