@@ -1,11 +1,19 @@
 """Python blocks of the documentation as tests, and the switch that turns the forms of a platform off."""
 
+import importlib.util
+import unittest
 from typing import Any
 
 import jax
 import pytest
-from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from sybil import Example, Sybil
+from sybil.evaluators.doctest import DocTestEvaluator
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.abstract.doctest import DocTestStringParser
+from sybil.parsers.markdown import CodeBlockParser
+
+# Sphinx reads these, not pytest.
+collect_ignore_glob = ["docs/*.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,8 +62,32 @@ def as_it_was(namespace: dict[str, Any]) -> None:
     jax.config.update("jax_numpy_dtype_promotion", namespace["__promotion"])
 
 
+class PythonBlocks(CodeBlockParser):
+    """Each block of a page is a test of its own: workers share them out. With prompts, what it prints is compared."""
+
+    language = "python"
+
+    def evaluate(self, example: Example) -> str | None:
+        """Runs a block; raises, or returns what differs."""
+        if "import torch" in example.parsed and importlib.util.find_spec("torch") is None:
+            raise unittest.SkipTest("PyTorch is absent")
+        if example.parsed.startswith(">>>"):
+            return self.evaluate_session(example)
+        PythonEvaluator()(example)
+        return None
+
+    def evaluate_session(self, example: Example) -> str | None:
+        """Prompt after prompt, up to the first that prints something else than the page says."""
+        check = DocTestEvaluator()
+        for prompt in DocTestStringParser(check)(example.parsed, example.path):
+            example.parsed = prompt.parsed
+            if failure := check(example):
+                return failure
+        return None
+
+
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), SkipParser()],
+    parsers=[PythonBlocks()],
     patterns=["*.md"],
     setup=as_users_have_it,
     teardown=as_it_was,
