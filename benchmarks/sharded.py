@@ -215,54 +215,11 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [f"{row['temporaries_mb']:,.0f}", ms, f"{row['sent_mb']:,.0f}", formula]
 
 
-def draw(path: Path) -> None:
-    """Who holds what on a mesh of 4 × 2 devices, and what they send each other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
-
-    data, model = 4, 2
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained", width_ratios=(1.1, 1.9, 1.9))
-    panels = (
-        ("hidden: tokens × features", data, 1, lambda row, column: row == 1),
-        ("kernel: features × classes", data, model, lambda row, column: (row, column) == (1, 0)),
-        ("logits: tokens × classes, never stored", data, model, lambda row, column: (row, column) == (1, 0)),
-    )
-    for ax, (title, rows, columns, own) in zip(axes, panels, strict=True):
-        of_kernel = title.startswith("kernel")
-        for row in range(rows):
-            for column in range(columns):
-                mine, gathered = own(row, column), of_kernel and column == 0
-                face = "C0" if mine else "#cfe2f3" if gathered else "white"
-                style = "--" if title.startswith("logits") else "-"
-                ax.add_patch(Rectangle((column, rows - 1 - row), 1, 1, facecolor=face, edgecolor="k", linestyle=style))
-                where = f"data {row}" + (f"\nmodel {column}" if columns > 1 else "")
-                ax.text(column + 0.5, rows - 0.5 - row, where, ha="center", va="center", color="w" if mine else "k")
-        ax.set(title=title, xlim=(-0.05, columns + 0.05), ylim=(-0.75, rows + 0.05))
-        ax.axis("off")
-    notes = (
-        "each device of a row has\nthe same tokens",
-        "gathered once along data (pale);\nits gradient is scattered along data, slab by slab",
-        "along model: a maximum and some sums of each token,\nand the gradient of hidden",
-    )
-    for ax, note in zip(axes, notes, strict=True):
-        ax.text(0.5, 0.0, note, ha="center", va="bottom", transform=ax.transAxes, fontsize=9)
-    figure.suptitle("What the device at data 1, model 0 works on (blue)", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--picture", type=Path, help="draw who holds what to this file, and compile nothing")
     parser.add_argument("--chips", type=int, nargs="+", help="only meshes of so many devices (default: all)")
     args = parser.parse_args()
-    if args.picture:
-        draw(args.picture)
-        return
     print('"partitioned": on automatic axes. There, call jaxce.sharded.linear_cross_entropy with the specs.')
     results = {"versions": compiled.versions(), "meshes": of_meshes(args.chips), "layouts": []}
     if not args.chips or 8 in args.chips:

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/how_it_is_made.md: `python docs/drawings.py` writes them beside this file.
+"""Draws how jaxce is made, and what lies where on a mesh: `python docs/drawings.py` writes the pictures here.
 
 Black on a white panel, so that they can be read in a light and in a dark page; the same bytes each time.
 """
@@ -188,7 +188,7 @@ def over_tokens() -> None:
 
 def over_classes() -> None:
     """The loop over classes: the logits of a slab in the forward pass, and again in the backward pass."""
-    figure, axes = panel(6.4, 9.4)
+    figure, axes = panel(6.4, 9.8)
     heading(axes, 14.1, "Forward pass, for each slab of classes")
     hidden = Matrix("hidden", "N × D", N, D, "all", PALE)
     kernel = Matrix("kernel", "D × C", D, C, "columns")
@@ -237,8 +237,46 @@ def mesh() -> None:
     save(figure, "across_devices")
 
 
+def who_holds_what() -> None:
+    """What one device of 4 × 2 works on: its tokens, its classes, and their logits."""
+    data, model = 4, 2
+    figure, axes = panel(6.4, 9.8)
+    rows = (
+        (11.0, "hidden: tokens × features", 1, 3.1, "each device of a row has the same tokens"),
+        (
+            6.1,
+            "kernel: features × classes",
+            model,
+            3.1,
+            "pale: gathered once along data, and its gradient\nscattered along data",
+        ),
+        (
+            1.5,
+            "logits: tokens × classes, never stored",
+            model,
+            3.1,
+            "along model: a few sums of each token,\nand the gradient of hidden",
+        ),
+    )
+    for low, title, columns, width, note in rows:
+        left, height = 5 - columns * width / 2, 0.72
+        axes.text(5, low + data * height + 0.3, title, ha="center", va="center", weight="bold")
+        for row in range(data):
+            for column in range(columns):
+                own = row == 1 and column == 0
+                gathered = title.startswith("kernel") and column == 0
+                stored = {"linestyle": (0, (4, 3))} if title.startswith("logits") else {}
+                where = f"data {row}" + (f", model {column}" if columns > 1 else "")
+                color = DEEP if own else PALE if gathered else "white"
+                box(axes, left + column * width, low + (data - 1 - row) * height, width, height, color, where, **stored)
+        axes.text(5, low - 0.2, note, ha="center", va="top", size=11)
+    axes.text(5, 14.85, "What the device at data 1, model 0 works on (blue)", ha="center", va="center")
+    save(figure, "sharded")
+
+
 if __name__ == "__main__":
     merge()
     over_tokens()
     over_classes()
     mesh()
+    who_holds_what()

@@ -2,7 +2,7 @@
 
 A form takes the arguments of `partial_sums` or of `partial_gradients`, after what it falls back on, and returns the
 same up to rounding. A program exported for several platforms carries each one's own. To delete a form, delete its file
-and its line here. `docs/speed.md` says what each is for; `benchmarks/forms.py` measures them.
+and its line here. `docs/compilers.md` says what each is for; `benchmarks/forms.py` measures them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """What "auto" picks, and how many tokens or classes are worked on at a time: a rule for each platform.
 
-N tokens, D features, C classes. The figures behind each rule are in docs/linear.md.
+N tokens, D features, C classes. The figures behind each rule are in docs/compilers.md.
 """
 
 import math
