@@ -119,6 +119,12 @@ def place(mesh: AnyMesh, name: str, array: Any, spec: PartitionSpec | None, exam
     """The axes of each dimension of an array, from the spec that was passed, or else from the array."""
     if spec is None:
         sharding = sharding_of(array)
+        manual = get_abstract_mesh().manual_axes
+        if sharding is None and manual:
+            raise ValueError(
+                f"batch_axes and class_axes must say which axes of the jax.shard_map, {', '.join(map(repr, manual))}, "
+                f"hold tokens and which hold classes; got neither, and no {name}_spec"
+            )
         if sharding is None:
             raise ValueError(
                 f"{name}_spec must say how {name} lies on the mesh {describe(mesh)}: inside of jax.jit or jax.grad an "

@@ -138,6 +138,11 @@ def test_what_is_no_mesh_or_spec():
 
 
 INSIDE = {
+    "no axes at all": (
+        {"batch_axes": None, "class_axes": None},
+        "batch_axes and class_axes must say which axes of the jax.shard_map, 'data', 'model', hold tokens and which "
+        "hold classes; got neither, and no hidden_spec",
+    ),
     "unknown axis": (
         {"class_axes": "modell"},
         "class_axes must name axes of the jax.shard_map that this is called in; got 'modell': those are "
