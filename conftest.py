@@ -1,7 +1,9 @@
-"""Python blocks of the documentation as tests, and the switch that turns the forms of a platform off."""
+"""Python blocks of the documentation as tests, which cases run, and the switch that turns a platform's forms off."""
 
 import importlib.util
 import unittest
+import zlib
+from collections import defaultdict
 from typing import Any
 
 import jax
@@ -20,11 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--no-forms` and `--as-on-tpu`: every test of values and gradients holds for these too."""
     parser.addoption("--no-forms", action="store_true", help="compute as in jaxce/_softmax.py on every platform")
     parser.addoption("--as-on-tpu", action="store_true", help="the same, with the loops of a TPU")
+    parser.addoption("--part", default="1", choices=("1", "2", "3", "all"), help="which cases run of those with many")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Turns the forms off, or the loops of a TPU on, before anything is traced."""
     config.addinivalue_line("markers", "form(name): a promise that this form of jaxce/_forms makes")
+    config.addinivalue_line("markers", "every_case: all cases of this test run in every part")
     config.addinivalue_line("markers", "loop(name): a promise that this file of jaxce/_loops makes")
     if without_forms(config):
         from jaxce import _forms
@@ -44,11 +48,28 @@ def without_forms(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips what only a form, or a loop of another platform, promises."""
+    """Leaves out other parts, and skips what only a form, or a loop of another platform, promises."""
+    if config.getoption("--part") != "all":
+        keep_part(config, items, int(config.getoption("--part")))
     skipped = [*["form"] * without_forms(config), *["loop"] * config.getoption("--as-on-tpu")]
     for item in items:
         for marker in (marker for name in skipped for marker in item.iter_markers(name)):
             item.add_marker(pytest.mark.skip(reason=f"a promise of {marker.args[0]}"))
+
+
+def keep_part(config: pytest.Config, items: list[pytest.Item], part: int) -> None:
+    """Keeps one of three parts of the cases, by the checksums of their names, and of each test at least one case."""
+    cases = defaultdict(list)
+    for item in items:
+        if "[" in item.nodeid and item.get_closest_marker("every_case") is None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    left_out = set()
+    for name, group in cases.items():
+        chosen = [item for item in group if zlib.crc32(item.nodeid.encode()) % 3 == part % 3]
+        chosen = chosen or [group[(zlib.crc32(name.encode()) + part) % len(group)]]
+        left_out |= set(group) - set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 def as_users_have_it(namespace: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from rich.console import Console
 
 from jaxce._report import checks, command, devices, fit, show
 
+pytestmark = pytest.mark.every_case
+
 SIZES = ["--tokens", "256", "--features", "64", "--classes", "8000"]
 
 

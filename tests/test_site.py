@@ -9,6 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+pytestmark = pytest.mark.every_case
+
 DOCS = Path(__file__).parents[1] / "docs"
 NEEDED = (
     "sphinx",
