@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--no-forms` and `--as-on-tpu`: every test of values and gradients holds for these too."""
     parser.addoption("--no-forms", action="store_true", help="compute as in jaxce/_softmax.py on every platform")
     parser.addoption("--as-on-tpu", action="store_true", help="the same, with the loops of a TPU")
-    parser.addoption("--part", default="1", choices=("1", "2", "3", "all"), help="which cases run of those with many")
+    parser.addoption("--part", default="1", choices=("1", "2", "3", "all"), help="of the tests with many cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,8 +61,8 @@ def keep_part(config: pytest.Config, items: list[pytest.Item], part: int) -> Non
     """Keeps one of three parts of the cases, by the checksums of their names, and of each test at least one case."""
     cases = defaultdict(list)
     for item in items:
-        if "[" in item.nodeid and item.get_closest_marker("every_case") is None:
-            cases[item.nodeid.partition("[")[0]].append(item)
+        if ("[" in item.nodeid or item.path.suffix == ".md") and not is_in_every_part(item, part):
+            cases[item.nodeid.partition("[")[0].partition("::line")[0]].append(item)
     left_out = set()
     for name, group in cases.items():
         chosen = [item for item in group if zlib.crc32(item.nodeid.encode()) % 3 == part % 3]
@@ -70,6 +70,13 @@ def keep_part(config: pytest.Config, items: list[pytest.Item], part: int) -> Non
         left_out |= set(group) - set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+def is_in_every_part(item: pytest.Item, part: int) -> bool:
+    """The examples and the pages of the documentation run whole in the first part, and with PyTorch everywhere."""
+    if item.path.suffix == ".md":
+        return part == 1 or item.path.name == "README.md" or "import torch" in item.example.parsed
+    return item.get_closest_marker("every_case") is not None or (part == 1 and item.path.name == "test_examples.py")
 
 
 def as_users_have_it(namespace: dict[str, Any]) -> None:

@@ -19,8 +19,6 @@ from rich.console import Console
 
 from jaxce._report import checks, command, devices, fit, show
 
-pytestmark = pytest.mark.every_case
-
 SIZES = ["--tokens", "256", "--features", "64", "--classes", "8000"]
 
 
@@ -137,7 +135,7 @@ def test_what_a_step_takes(capsys):
 def test_what_a_step_takes_for_people(capsys):
     status, out, err = report(capsys, *SIZES)
     assert status == 0
-    assert "256 tokens, 64 features and 8,000 classes in bfloat16" in out
+    assert "256 tokens, 64 features and 8,000 classes in bfloat16, on one device." in " ".join(out.split())
     assert '"auto" is a loop over tokens' in out
     assert "The least memory: jaxce.linear_cross_entropy(hidden, kernel, labels" in out
     assert "\x1b" not in out + err
@@ -225,6 +223,7 @@ WRONG_ARGUMENTS = {
 }
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("arguments", WRONG_ARGUMENTS, ids=" ".join)
 def test_arguments_that_make_no_sense(arguments, capsys, monkeypatch):
     monkeypatch.setattr(devices, "without_a_device", lambda: None)

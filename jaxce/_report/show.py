@@ -50,9 +50,9 @@ def print_head(console: Console, devices: Sequence[Any]) -> None:
         console.print(f"{kind['count']} × {kind['kind']}, {memory}{of_each}", highlight=False)
 
 
-def table(*columns: str, title: str = "") -> Table:
+def table(*columns: str) -> Table:
     """The first column is text, the others are numbers."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    made = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         made.add_column(column, justify="right" if number else "left", no_wrap=True)
     return made
@@ -147,10 +147,10 @@ class Fitted(NamedTuple):
     def print(self, console: Console) -> None:
         step = self.step
         print_head(console, step.devices)
-        on_mesh = f" on {' × '.join(f'{name}={size}' for name, size in step.axes.items())}" if step.axes else ""
+        where = " × ".join(f"{name}={size}" for name, size in step.axes.items()) or "one device"
         console.print(
             f"\nLoss and both gradients of {step.tokens:,} tokens, {step.features:,} features and {step.classes:,} "
-            f"classes in {step.dtype}{on_mesh}. Compiled; nothing was run. For each device:\n",
+            f"classes in {step.dtype}, on {where}. Compiled; nothing was run. For each device:\n",
             highlight=False,
         )
         timed = any(one.seconds is not None for one in self.found)
@@ -164,9 +164,8 @@ class Fitted(NamedTuple):
             rows.add_row(one.name, *cells, f"{one.flops / 1e12:.2f}", *time, verdict)
         console.print(rows)
         notes = [f'"{one.name}" is a loop over {one.loop}.' for one in self.found if one.loop]
-        notes += ['"slabs" is kernel_gather="slabs": a slab of the kernel at a time is gathered.'] * (
-            len(step.axes) > 0
-        )
+        if step.axes:
+            notes.append('"slabs" is kernel_gather="slabs": a slab of the kernel at a time is gathered.')
         notes.append(
             "In and out: hidden states, kernel, labels and both gradients. The rest of the model isn't counted."
         )
