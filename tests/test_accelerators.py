@@ -130,6 +130,7 @@ def check_what_is_sent(case, program):
     return sum(one.bytes for one in sent)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(("case", "megabytes", "ms"), [(EIGHT, 700, 105), (POD, 300, 26)], ids=["8 chips", "256 chips"])
 def test_a_sharded_loss_on_tpus(case, megabytes, ms):
     program = sharded.compile_on(case, sharded.sharded())

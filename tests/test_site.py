@@ -19,7 +19,6 @@ NEEDED = (
     "sphinx_copybutton",
     "sphinx_design",
     "latex2mathml",
-    "linkcheck",
     "playwright",
 )
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "google-chrome-stable")
