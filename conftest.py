@@ -60,10 +60,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def keep_part(config: pytest.Config, items: list[pytest.Item], part: int) -> None:
     """Keeps one of three parts of the cases, by the checksums of their names, and of each test at least one case."""
     cases = defaultdict(list)
+    left_out = {item for item in items if item.path.suffix == ".md" and not is_block_of(item, part)}
     for item in items:
-        if ("[" in item.nodeid or item.path.suffix == ".md") and not is_in_every_part(item, part):
-            cases[item.nodeid.partition("[")[0].partition("::line")[0]].append(item)
-    left_out = set()
+        if "[" in item.nodeid and not runs_whole(item, part):
+            cases[item.nodeid.partition("[")[0]].append(item)
     for name, group in cases.items():
         chosen = [item for item in group if zlib.crc32(item.nodeid.encode()) % 3 == part % 3]
         chosen = chosen or [group[(zlib.crc32(name.encode()) + part) % len(group)]]
@@ -72,10 +72,13 @@ def keep_part(config: pytest.Config, items: list[pytest.Item], part: int) -> Non
     items[:] = [item for item in items if item not in left_out]
 
 
-def is_in_every_part(item: pytest.Item, part: int) -> bool:
-    """The examples and the pages of the documentation run whole in the first part, and with PyTorch everywhere."""
-    if item.path.suffix == ".md":
-        return part == 1 or item.path.name == "README.md" or "import torch" in item.example.parsed
+def is_block_of(item: pytest.Item, part: int) -> bool:
+    """The code of the pages is in the first part; that with PyTorch, and README's, in all."""
+    return part == 1 or item.path.name == "README.md" or "import torch" in item.example.parsed
+
+
+def runs_whole(item: pytest.Item, part: int) -> bool:
+    """Whether all cases of its test run; those of the examples do in the first part."""
     return item.get_closest_marker("every_case") is not None or (part == 1 and item.path.name == "test_examples.py")
 
 

@@ -77,9 +77,9 @@ def test_a_page_at_three_widths(page, dark, site, browser):
     tab.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     tab.on("pageerror", lambda error: complaints.append(str(error)))
     tab.on("requestfailed", lambda request: complaints.append(request.url))
+    tab.goto((site / f"{page}.html").as_uri())
     for width in WIDTHS:
         tab.set_viewport_size({"width": width, "height": 900})
-        tab.goto((site / f"{page}.html").as_uri())
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
         assert tab.evaluate(
