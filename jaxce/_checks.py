@@ -547,12 +547,12 @@ def _assert_shape(array: Array, shape: Shape, message: Callable[[], str]) -> Non
 
 
 def _assert_order(labels: Array | None, **floats: Array) -> None:
-    """Asks whether arguments are swapped, if labels are floats and integers have the shape of labels for others."""
+    """Asks whether arguments are swapped: labels are floats, and integers have the shape of labels."""
     if labels is None or not _is_float(labels):
         return
     arrays = {**floats, "labels": labels}
     axes = [array.ndim for array in arrays.values() if _is_float(array)]
-    if any(_is_int(array) and array.ndim + 1 in axes for array in floats.values()):
+    if any(_is_int(x) and (x.ndim + 1 in axes or x.shape == labels.shape) for x in floats.values()):
         got = ", ".join(f"{name} {_describe(array)}" for name, array in arrays.items())
         raise TypeError(
             f"{' and '.join(floats)} must be of a float dtype; got {got}: are they swapped? The order is "
@@ -563,7 +563,7 @@ def _assert_order(labels: Array | None, **floats: Array) -> None:
 def _assert_float(name: str, array: Array) -> None:
     text = f"{name} must be of a float dtype; got {_describe(array)}"
     if _is_int(array) or array.dtype == bool:
-        text += f": {name}.astype(jnp.float32) makes them one"
+        text += f": {name}.astype(jnp.float32) converts them"
     try:
         chex.assert_type(array, float)
     except AssertionError:

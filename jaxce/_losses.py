@@ -34,8 +34,9 @@ Reduction: TypeAlias = Literal["none", "mean", "sum"]
 class LossStats(NamedTuple):
     """What a training loop logs, without gradient. An array that isn't read costs nothing under `jax.jit`.
 
-    Without weights, `(predicted == labels).sum() / weight_sum` is the accuracy and `nll.sum() / weight_sum` the mean;
-    with weights, `weight_sum` isn't the number of examples. To join the stats of batches, `np.hstack` each field.
+    Without weights and `where`, `(predicted == labels).sum() / weight_sum` is the accuracy and `nll.sum() / weight_sum`
+    the mean; with weights, `weight_sum` isn't the number of examples. An example that `where` leaves out has a
+    prediction too: count `(predicted == labels) & where`. To join the stats of batches, `np.hstack` each field.
 
     Attributes:
       nll: negative log-likelihood of each example in nats, without weights, smoothing and z-loss; batch shape,
@@ -294,12 +295,13 @@ def cross_entropy(
       logits: unnormalized log-probabilities; a float array of any shape with the class axis at `axis`. A class whose
         logit is -inf can't happen: its gradient is 0, and label smoothing gives it no share.
       labels: class indices, integers of the shape of `logits` without the class axis; or class probabilities, floats
-        of the shape of `logits`. The dtype decides which, never the shape.
+        of the shape of `logits`, taken as they are: that they sum to 1 isn't checked. The dtype decides which, never
+        the shape.
       axis: the class axis; 1 is PyTorch's layout (N, C, d1, ...).
       weight: weight of each class, shape (C,).
       sample_weight: weight of each example, of the batch shape.
       ignore_index: an example with this label is left out: loss 0, and gradient 0 in every input, whatever its
-        logits are. Any integer; for class indices alone.
+        logits are. Any integer; class probabilities have no such label: use `where`.
       where: False leaves an example out in the same way; bool, broadcastable to the batch shape.
       label_smoothing: the share ε, from 0 to 1, of the target that is spread over all classes.
       z_loss: factor ζ of the squared log Z, which keeps logits from drifting.

@@ -278,8 +278,8 @@ def linear_cross_entropy(
       class_axes: inside of a `jax.shard_map`, the names of the axes that hold classes. Features of the kernel that are
         elsewhere must have been gathered.
       kernel_gather: "whole" gathers a device's classes of an FSDP kernel once. "slabs" gathers a slab of them at a
-        time, once for each pass, and scatters its gradient, so that no device ever holds more than a slab: the least
-        memory, for a gather more. It is always the loop over classes.
+        time, once for each pass, and scatters its gradient, so that a device holds no more of the kernel than its own
+        part and a slab: usually the least memory, for a gather more. It is always the loop over classes.
       bias: added to the logits; shape (C,).
       transpose_kernel: the kernel is (C, D).
       num_classes: how many of the columns are real, where the kernel was padded to share its classes evenly.
@@ -553,6 +553,11 @@ def _layout_of_projection(
         )
     hidden_spec, kernel_spec = specs
     if axes != (None, None):
+        if gathers_slabs:
+            raise ValueError(
+                "kernel_gather='slabs' is for whole arrays and their specs; got it inside of a jax.shard_map, where a "
+                "device has all features of its classes: leave it out"
+            )
         given: Any = {"mesh": mesh, "hidden_spec": hidden_spec, "kernel_spec": kernel_spec}
         layout = _inside(*axes, ("hidden", hidden), labels, **given)
         _check_parts("kernel", kernel, "classes", "class_axes", layout.classes)

@@ -158,7 +158,7 @@ TYPES = {
     "integer logits": (
         (LOGITS.astype(np.int32), LABELS),
         {},
-        "logits must be of a float dtype; got int32 of shape (4, 10): logits.astype(jnp.float32) makes them one",
+        "logits must be of a float dtype; got int32 of shape (4, 10): logits.astype(jnp.float32) converts them",
     ),
     "labels before logits": (
         (LABELS, LOGITS),
@@ -169,12 +169,13 @@ TYPES = {
     "integer logits with probabilities": (
         (LOGITS.astype(np.int32), ONE_HOT),
         {},
-        "logits must be of a float dtype; got int32 of shape (4, 10): logits.astype(jnp.float32) makes them one",
+        "logits must be of a float dtype; got logits int32 of shape (4, 10), labels float32 of shape (4, 10): are they "
+        "swapped? The order is logits, labels",
     ),
     "bool logits": (
         (LOGITS > 0, LABELS),
         {},
-        "logits must be of a float dtype; got bool of shape (4, 10): logits.astype(jnp.float32) makes them one",
+        "logits must be of a float dtype; got bool of shape (4, 10): logits.astype(jnp.float32) converts them",
     ),
     "complex logits": (
         (LOGITS.astype(np.complex64), LABELS),
@@ -283,9 +284,7 @@ def test_nll_loss_speaks_of_log_probs(jit):
     call = jax.jit(jaxce.nll_loss) if jit else jaxce.nll_loss
     message = "labels must have shape (4,), that of log_probs (4, 10) without the class axis; got (3,)"
     assert_raises(ValueError, message, call, LOGITS, LABELS[:3])
-    message = (
-        "log_probs must be of a float dtype; got int32 of shape (4,): log_probs.astype(jnp.float32) makes them one"
-    )
+    message = "log_probs must be of a float dtype; got int32 of shape (4,): log_probs.astype(jnp.float32) converts them"
     assert_raises(TypeError, message, call, LABELS, LABELS)
     message = (
         "log_probs must be of a float dtype; got log_probs int32 of shape (4,), labels float32 of shape (4, 10): are "

@@ -508,12 +508,12 @@ HIDDEN, KERNEL = jnp.zeros((4, 3)), jnp.zeros((3, 7))
         (
             TypeError,
             {"kernel": jnp.zeros((3, 7), int)},
-            "kernel must be of a float dtype; got int32 of shape (3, 7): kernel.astype(jnp.float32) makes them one",
+            "kernel must be of a float dtype; got int32 of shape (3, 7): kernel.astype(jnp.float32) converts them",
         ),
         (
             TypeError,
             {"hidden": jnp.zeros((4, 3), int)},
-            "hidden must be of a float dtype; got int32 of shape (4, 3): hidden.astype(jnp.float32) makes them one",
+            "hidden must be of a float dtype; got int32 of shape (4, 3): hidden.astype(jnp.float32) converts them",
         ),
     ],
 )

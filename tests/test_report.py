@@ -152,8 +152,12 @@ def test_on_a_mesh(capsys):
     assert needs["slabs"]["arguments"] == 4 * (64 * 64 + 64 // 4 * 8002 // 2 + 64)
     assert needs["slabs"]["call"] == (
         "jaxce.sharded.linear_cross_entropy(hidden, kernel, labels, hidden_spec=P('data'), "
-        "kernel_spec=P('data', 'model'), kernel_gather=\"slabs\")"
+        "kernel_spec=P('data', 'model'), num_classes=8001, kernel_gather=\"slabs\")"
     )
+    assert needs["dense"]["call"] == "jaxce.cross_entropy((hidden @ kernel)[:, :8001], labels)"
+    assert found["step"]["columns"] == 8002
+    # The devices share what the machine has.
+    assert needs["dense"]["memory"] == found["step"]["devices"][0]["memory"] // 8
     assert needs["classes"]["flops"] == pytest.approx(8 * 256 * 64 * 8002 / 8, rel=0.02)
 
 
@@ -187,7 +191,19 @@ def test_the_least_time_is_that_of_what_fits():
         fit.Needs("auto", "auto()", temporaries=90, memory=100, seconds=2.0),
         fit.Needs("classes", "classes()", temporaries=10, memory=100, seconds=3.0),
     ]
-    assert fit.advice(needs) == ["The least time, as the compiler expects: auto()", "The least memory: classes()"]
+    fastest = "The least time, as the compiler expects, to a tenth: "
+    assert fit.advice(needs) == [f"{fastest}auto()", "The least memory: classes()"]
+    # A difference of a twentieth is none.
+    needs[2] = needs[2]._replace(seconds=2.1)
+    assert fit.advice(needs) == [f"{fastest}classes()"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.0, "0 B"), (12.0, "12 B"), (1500.0, "1.5 kB"), (137_200_000_000, "137 GB"), (5e15, "5e+03 TB")],
+)
+def test_sizes_for_people(number, text):
+    assert fit.readable(number, "B") == text
 
 
 WRONG_ARGUMENTS = {
@@ -213,13 +229,16 @@ WRONG_ARGUMENTS = {
     (*SIZES, "--mesh", "a=2,a=2"): "--mesh a=2,a=2: write axes and how many devices are along each, as data=4,model=2",
     (*SIZES, "--mesh", "a=0"): "--mesh a=0: write axes and how many devices are along each, as data=4,model=2",
     (*SIZES, "--mesh", "data=4,model=4"): (
-        "--mesh data=4,model=4 takes 16 devices, and there are 8: name a larger slice, for example --device tpu-v5e:2x4"
+        "--mesh data=4,model=4 takes 16 devices, and here are 8: take fewer, or name a larger slice, for example "
+        "--device tpu-v5e:2x4"
     ),
     (*SIZES, "--mesh", "data=3"): "--tokens 256 can't be shared by the 3 devices along data: take a multiple",
     (*SIZES, "--device", "tpu-v1"): (
         "--device tpu-v1: known are tpu-v5e, tpu-v5p, tpu-v6e, h200, as tpu-v5e:2x4 (2 × 4 chips) or h200:8"
     ),
     (*SIZES, "--device", "h200:many"): "--device h200:many: how many H200s? For example h200:8",
+    (*SIZES, "--device", "h200:0"): "--device h200:0: how many H200s? For example h200:8",
+    (*SIZES, "--device", "tpu-v5e:many"): "--device tpu-v5e:many: write the slice as tpu-v5e:2x2",
 }
 
 

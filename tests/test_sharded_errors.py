@@ -140,6 +140,11 @@ def test_what_is_no_mesh_or_spec():
 
 
 INSIDE = {
+    "slabs": (
+        {"kernel_gather": "slabs"},
+        "kernel_gather='slabs' is for whole arrays and their specs; got it inside of a jax.shard_map, where a device "
+        "has all features of its classes: leave it out",
+    ),
     "no axes at all": (
         {"batch_axes": None, "class_axes": None},
         "batch_axes and class_axes must say which axes of the jax.shard_map, 'data', 'model', hold tokens and which "
@@ -180,7 +185,7 @@ INSIDE = {
 @pytest.mark.parametrize(("changed", "message"), INSIDE.values(), ids=INSIDE.keys())
 def test_inside_of_a_shard_map(changed, message):
     of_call = {"hidden_spec": P("data"), "kernel_spec": P(None, "model"), "labels_spec": P("data"), "check_vma": True}
-    names = {"batch_axes": "data", "class_axes": "model"}
+    names = {"batch_axes": "data", "class_axes": "model", "kernel_gather": "whole"}
     of_call |= {key: changed[key] for key in of_call if key in changed}
     names |= {key: changed[key] for key in names if key in changed}
     *specs, check_vma = of_call.values()

@@ -45,7 +45,11 @@ SIZE = click.IntRange(min=1)
 @click.option("--tokens", metavar="N", type=SIZE, help="Tokens of a step, on all devices together.")
 @click.option("--features", metavar="D", type=SIZE, help="Features of a hidden state.")
 @click.option("--classes", metavar="C", type=SIZE, help="Classes: the size of the vocabulary.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of the arrays. Default: bfloat16; for the checks, each.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Dtype of the arrays. Default: bfloat16 with sizes; without them, every dtype is checked.",
+)
 @click.option(
     "--mesh",
     "mesh",

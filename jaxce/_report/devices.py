@@ -64,10 +64,12 @@ def named(device: str) -> list[Any]:
     if kind not in CHIPS:
         raise UsageError(f"--device {device}: known are {', '.join(CHIPS)}, as tpu-v5e:2x4 (2 × 4 chips) or h200:8")
     if kind == "h200":
-        if not (extent or "1").isdecimal():
+        if not (extent or "1").isdecimal() or extent.strip("0") == "" != extent:
             raise UsageError(f"--device {device}: how many H200s? For example h200:8")
         options = {"platform": "cuda", "topology_name": "", "target_config": H200, "topology": f"1x1x{extent or 1}"}
     else:
+        if extent and not all(side.isdecimal() for side in extent.split("x")):
+            raise UsageError(f"--device {device}: write the slice as {kind}:2x2")
         small = "2x2x1" if kind == "tpu-v5p" else "2x2"
         options = {"platform": "tpu", "topology_name": f"{kind.removeprefix('tpu-')}:{extent or small}"}
     try:

@@ -108,11 +108,14 @@ def contestants(step: Step) -> dict[str, tuple[Loss, str]]:
     else:
         call = "jaxce.linear_cross_entropy(hidden, kernel, labels"
         loss = partial(jaxce.linear_cross_entropy, **padded)
+    real = f"[:, :{step.classes}]" if padded else ""
+    call += "".join(f", {name}={value}" for name, value in padded.items())
     ours = {}
     for options in chosen:
         choice = "".join(f', {name}="{value}"' for name, value in options.items())
         ours[next(iter(options.values()), "auto")] = partial(loss, **options), f"{call}{choice})"
-    return {"dense": (dense, "jaxce.cross_entropy(hidden @ kernel, labels)"), **ours}
+    logits = f"(hidden @ kernel){real}" if real else "hidden @ kernel"
+    return {"dense": (dense, f"jaxce.cross_entropy({logits}, labels)"), **ours}
 
 
 def needs(step: Step) -> Iterator[Needs]:
@@ -125,8 +128,11 @@ def needs(step: Step) -> Iterator[Needs]:
             lowered = traced.lower()
             text = lowered.as_text()
             if text not in known:
-                flops = matmul_flops(traced.jaxpr.jaxpr) / mesh.size
-                known[text] = _compiled(lowered, Needs(flops=flops, memory=memory_of(step.devices[0])), step.devices[0])
+                device, flops = step.devices[0], matmul_flops(traced.jaxpr.jaxpr) / mesh.size
+                memory = memory_of(device)
+                if memory and device.platform == "cpu":
+                    memory //= mesh.size  # which they share
+                known[text] = _compiled(lowered, Needs(flops=flops, memory=memory), device)
         yield known[text]._replace(name=name, call=call, loop=_loop(step) if name == "auto" else "")
 
 
@@ -240,8 +246,8 @@ def step_of(tokens: int, features: int, classes: int, dtype: str, axes: dict[str
     mesh = ",".join(f"{name}={size}" for name, size in axes.items())
     if math.prod(axes.values()) > len(devices):
         raise UsageError(
-            f"--mesh {mesh} takes {math.prod(axes.values())} devices, and there are {len(devices)}: "
-            "name a larger slice, for example --device tpu-v5e:2x4"
+            f"--mesh {mesh} takes {math.prod(axes.values())} devices, and here are {len(devices)}: take fewer, or name "
+            "a larger slice, for example --device tpu-v5e:2x4"
         )
     sharing = math.prod(axes[axis] for axis in step.over_tokens)
     for option, size in (("--tokens", tokens), ("--features", features)):
@@ -260,17 +266,24 @@ def advice(found: Sequence[Needs]) -> list[str]:
         if not compiled:
             return [f"Nothing fits. {more}"]
         leanest = min(compiled, key=lambda one: one.total)
-        short = gigabytes(leanest.total - (leanest.memory or 0))
+        short = readable(leanest.total - (leanest.memory or 0), "B")
         return [f'Nothing fits: the leanest, "{leanest.name}", is short of {short}. {more}']
-    timed = [(one.seconds, one) for one in fitting if one.seconds is not None]
     leanest = min(fitting, key=lambda one: one.total)
-    if timed:
-        lines = [f"The least time, as the compiler expects: {min(timed)[1].call}"]
+    times = [one.seconds for one in fitting if one.seconds is not None]
+    if times:
+        # Differences below a tenth mean nothing.
+        fast = [one for one in fitting if one.seconds is not None and one.seconds <= 1.1 * min(times)]
+        fastest = min(fast, key=lambda one: one.total)
+        lines = [f"The least time, as the compiler expects, to a tenth: {fastest.call}"]
     else:
         lines = [f"What the package picks by itself: {one.call}" for one in fitting if one.name == "auto"]
     return [*lines, *(f"The least memory: {leanest.call}" for line in lines if not line.endswith(leanest.call))]
 
 
-def gigabytes(size: int) -> str:
-    """For people."""
-    return f"{size / 1e9:.2f} GB"
+def readable(number: float, unit: str) -> str:
+    """Three digits and a unit: 0.4, 12 and 1,500,000,000 bytes are "0.4 B", "12 B" and "1.5 GB"."""
+    prefix, factor = next(
+        ((prefix, factor) for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if number >= factor),
+        ("", 1.0),
+    )
+    return f"{number / factor:.3g} {prefix}{unit}"

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxce._report.checks import Result
-from jaxce._report.devices import memory_of
-from jaxce._report.fit import Needs, Step, advice, gigabytes, picked
+from jaxce._report.devices import GIBI, memory_of
+from jaxce._report.fit import Needs, Step, advice, picked, readable
 
 PACKAGES = ("jaxce", "jax", "jaxlib", "chex")
 # Last layers: tokens, features and classes.
@@ -45,7 +45,7 @@ def print_head(console: Console, devices: Sequence[Any]) -> None:
     """Versions and devices."""
     console.print("  ".join(f"{name} {version}" for name, version in versions().items()), highlight=False)
     for kind in device_names(devices):
-        memory = "memory unknown" if kind["memory"] is None else f"{kind['memory'] / 1e9:.0f} GB of memory"
+        memory = "memory unknown" if kind["memory"] is None else f"{kind['memory'] / GIBI:.0f} GiB of memory"
         of_each = " each" if kind["count"] > 1 and kind["platform"] != "cpu" else ""
         console.print(f"{kind['count']} × {kind['kind']}, {memory}{of_each}", highlight=False)
 
@@ -140,7 +140,7 @@ class Fitted(NamedTuple):
         return any(one.fits is not False for one in self.found)
 
     def as_json(self) -> dict[str, Any]:
-        step = self.step._asdict() | {"devices": device_names(self.step.devices)}
+        step = self.step._asdict() | {"columns": self.step.columns, "devices": device_names(self.step.devices)}
         found = [one._asdict() | {"total": one.total, "fits": one.fits} for one in self.found]
         return {"versions": versions(), "step": step, "losses": found, "advice": advice(self.found)}
 
@@ -154,24 +154,27 @@ class Fitted(NamedTuple):
             highlight=False,
         )
         timed = any(one.seconds is not None for one in self.found)
-        columns = ["", "in and out", "temporaries", "in all", "TFLOP", *(["expected"] if timed else []), "fits?"]
+        columns = ["", "in and out", "temporaries", "in all", "flops", *(["expected"] if timed else []), "fits?"]
         rows = table(*columns)
         for one in self.found:
             verdict = {True: "[green]yes[/]", False: "[bold red]no[/]", None: "?"}[one.fits]
             sizes = one.arguments + one.gradients, one.temporaries, one.total
-            cells = ["", gigabytes(one.temporaries), ""] if one.refused else [gigabytes(size) for size in sizes]
-            time = [] if not timed else ["" if one.seconds is None else f"{1e3 * one.seconds:.1f} ms"]
-            rows.add_row(one.name, *cells, f"{one.flops / 1e12:.2f}", *time, verdict)
+            cells = ["", readable(one.temporaries, "B"), ""] if one.refused else [readable(size, "B") for size in sizes]
+            time = [] if not timed else ["" if one.seconds is None else f"{1e3 * one.seconds:.3g} ms"]
+            rows.add_row(one.name, *cells, readable(one.flops, ""), *time, verdict)
         console.print(rows)
         notes = [f'"{one.name}" is a loop over {one.loop}.' for one in self.found if one.loop]
         if step.axes:
             notes.append('"slabs" is kernel_gather="slabs": a slab of the kernel at a time is gathered.')
         notes.append(
+            '"dense" stores the logits; "tokens" and "classes" are strategies of linear_cross_entropy.\n'
             "In and out: hidden states, kernel, labels and both gradients. The rest of the model isn't counted."
         )
+        if step.columns != step.classes:
+            notes.append(f"The kernel is padded from {step.classes:,} to {step.columns:,} classes.")
         if timed:
             notes.append("Expected: by the TPU's compiler, without what the network takes. No measurement.")
         if step.devices[0].platform == "cpu":
-            notes.append("A CPU's memory is that of the whole machine.")
+            notes.append("A CPU's memory is that of the whole machine, shared by the devices of a mesh.")
         for line in ("", *notes, "", *advice(self.found)):
             console.print(line, highlight=False, soft_wrap=True)
