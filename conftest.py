@@ -19,39 +19,27 @@ collect_ignore_glob = ["docs/*.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--no-forms` and `--as-on-tpu`: every test of values and gradients holds for these too."""
-    parser.addoption("--no-forms", action="store_true", help="compute as in jaxce/_softmax.py on every platform")
-    parser.addoption("--as-on-tpu", action="store_true", help="the same, with the loops of a TPU")
+    """`--as-on`: every test of values and gradients holds on every platform."""
+    parser.addoption("--as-on", choices=("unknown", "gpu", "tpu"), help="run on the CPU what that platform would run")
     parser.addoption("--part", default="1", choices=("1", "2", "3", "all"), help="of the tests with many cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Turns the forms off, or the loops of a TPU on, before anything is traced."""
+    """Pretends to be elsewhere before anything is traced."""
     config.addinivalue_line("markers", "form(name): a promise that this form of jaxce/_forms makes")
     config.addinivalue_line("markers", "every_case: all cases of this test run in every part")
-    config.addinivalue_line("markers", "loop(name): a promise that this file of jaxce/_loops makes")
-    if without_forms(config):
-        from jaxce import _forms
+    config.addinivalue_line("markers", "loop(name): a promise that this loop of jaxce/_projection/loops makes")
+    if config.getoption("--as-on"):
+        from jaxce import _platform
 
-        _forms.enabled = False
-    if config.getoption("--as-on-tpu"):
-        from jaxce import _linear
-        from jaxce._loops import accelerator
-
-        accelerator.everywhere = True
-        _linear.platform_of = lambda arrays: "tpu"
-
-
-def without_forms(config: pytest.Config) -> bool:
-    """Whether all is computed as the textbook has it."""
-    return config.getoption("--no-forms") or config.getoption("--as-on-tpu")
+        _platform.pretended = config.getoption("--as-on")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out other parts, and skips what only a form, or a loop of another platform, promises."""
     if config.getoption("--part") != "all":
         keep_part(config, items, int(config.getoption("--part")))
-    skipped = [*["form"] * without_forms(config), *["loop"] * config.getoption("--as-on-tpu")]
+    skipped = ["form", "loop"] if config.getoption("--as-on") else []
     for item in items:
         for marker in (marker for name in skipped for marker in item.iter_markers(name)):
             item.add_marker(pytest.mark.skip(reason=f"a promise of {marker.args[0]}"))

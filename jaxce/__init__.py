@@ -1,13 +1,17 @@
 """The cross-entropy family for JAX: the losses of classifiers and language models, with hand-written gradients."""
 
-from jaxce import reference, sharded
-from jaxce._distillation import linear_distillation_loss
-from jaxce._linear import linear_cross_entropy
-from jaxce._log_probs import linear_token_log_probs, token_log_probs
-from jaxce._losses import LossStats, TokenStats, cross_entropy, log_softmax, nll_loss
+from jaxce import reference
+from jaxce._api.distillation import linear_distillation_loss
+from jaxce._api.log_probs import linear_token_log_probs, token_log_probs
+from jaxce._api.projections import linear_cross_entropy
+from jaxce._api.results import LossStats, TokenStats
+from jaxce._api.scores import cross_entropy, log_softmax, nll_loss
+from jaxce._mesh.sharding import InShardMap, OnMesh
 
 __all__ = [
+    "InShardMap",
     "LossStats",
+    "OnMesh",
     "TokenStats",
     "cross_entropy",
     "linear_cross_entropy",
@@ -16,6 +20,5 @@ __all__ = [
     "log_softmax",
     "nll_loss",
     "reference",
-    "sharded",
     "token_log_probs",
 ]

@@ -266,12 +266,15 @@ def test_16_bits(reverse, dtype):
 def test_no_logits_are_stored():
     n, d, c = 512, 32, 16_384
     given = [normal(shape, k, np.float32) / 4 for k, shape in enumerate([(n, d), (d, c), (n, d), (d, c)])]
-    step = jax.jit(jax.value_and_grad(partial(jaxce.linear_distillation_loss, chunk_size=256), (0, 1)))
+    loss = partial(jaxce.linear_distillation_loss, strategy="classes", chunk_size=256)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     assert step.lower(*given).compile().memory_analysis().temp_size_in_bytes <= 0.2 * 4 * n * c
 
 
 ERRORS = {
-    "temperature must be a positive number; got 0": {"temperature": 0},
+    "temperature must be a positive number, or an array of floats; got 0: the limit at 0 is argmax of the logits": {
+        "temperature": 0
+    },
     "chunk_size must be at least 1, or None; got 0": {"chunk_size": 0},
     "the teacher must be given as teacher_hidden and teacher_kernel, or else as teacher_top_k; got teacher_hidden": {
         "teacher_kernel": None

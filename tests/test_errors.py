@@ -1,5 +1,7 @@
 """Mistakes, and the whole message that each of them gets, in eager code and under jit."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxce
-from jaxce import sharded
+from jaxce import OnMesh
 
 pytestmark = pytest.mark.every_case
 
@@ -318,13 +320,13 @@ def test_swapped_arguments_on_a_mesh():
         "swapped? The order is logits, labels"
     )
     mesh = jax.make_mesh((1,), ("data",))
-    assert_raises(TypeError, message, lambda: sharded.cross_entropy(LABELS, LOGITS, mesh=mesh))
+    assert_raises(TypeError, message, lambda: jaxce.cross_entropy(LABELS, LOGITS, sharding=OnMesh(mesh=mesh)))
     message = (
         "hidden and kernel must be of a float dtype; got hidden float32 of shape (10, 4), kernel int32 of shape (10,), "
         "labels float32 of shape (4, 10): are they swapped? The order is hidden, kernel, labels"
     )
-    call = sharded.linear_cross_entropy
-    assert_raises(TypeError, message, lambda: call(LOGITS.T, np.arange(10, dtype=np.int32), LOGITS, mesh=mesh))
+    call = partial(jaxce.linear_cross_entropy, sharding=OnMesh(mesh=mesh))
+    assert_raises(TypeError, message, lambda: call(LOGITS.T, np.arange(10, dtype=np.int32), LOGITS))
 
 
 class Linear:

@@ -9,10 +9,10 @@ import pytest
 from helpers import assert_close, assert_trees_close, distributions, indices, normal, positive
 
 import jaxce
-from jaxce import _forms, _linear
-from jaxce._loops import accelerator, over_classes
-from jaxce._loops.shared import Seen
-from jaxce._softmax import partial_sums
+from jaxce import _platform
+from jaxce._math.example import partial_sums
+from jaxce._projection import chunks
+from jaxce._projection.loops import auto, one_pass
 
 N, D, C = 12, 5, 40
 LABELS = indices((N,), C, 3).at[4].set(-100)
@@ -20,15 +20,19 @@ LOOPS = pytest.mark.parametrize("loop", ["tokens", "classes"])
 
 
 @pytest.fixture(autouse=True, scope="module")
-def as_on_tpu():
+def short_first_slabs():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accelerator, "everywhere", True)
-        patch.setattr(accelerator, "FIRST_CLASSES", 4)
-        patch.setattr(_forms, "enabled", False)
-        patch.setattr(_linear, "platform_of", lambda arrays: "tpu")
+        patch.setattr(chunks, "FIRST_CLASSES", 4)
         jax.clear_caches()
         yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(request, monkeypatch):
+    """On a TPU, or with the loop over tokens on a GPU: there they go without maxima."""
+    options = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    monkeypatch.setattr(_platform, "pretended", "gpu" if options.get("loop") == "tokens" else "tpu")
 
 
 def problem(bias=0.0, scale=0.5, dtype=np.float64):
@@ -96,7 +100,7 @@ def test_stats_relative_to_a_far_reference(loop, x64):
 @pytest.mark.parametrize(("reduction", "probabilities"), [("mean", False), ("none", True)])
 def test_blocks_of_tokens_beside_a_slab(reduction, probabilities, monkeypatch, x64):
     """Blocks of 5 tokens, and a rest of 2."""
-    monkeypatch.setattr(over_classes, "tokens_beside_a_slab", lambda platform, tokens: 5)
+    monkeypatch.setattr(auto, "tokens_beside_a_slab", lambda plan, inputs: 5)
     arrays = problem() | {"weight": positive((C,), 5, np.float64)}
     labels = distributions((N, C), dtype=np.float64) if probabilities else LABELS
     options = {"reduction": reduction, "label_smoothing": 0.1}
@@ -177,17 +181,17 @@ def test_second_derivatives_relative_to_a_far_reference(loop, x64):
 def test_sums_are_made_again_only_where_the_reference_was_far(x64):
     logits, labels = normal((3, C), 0, np.float64), jnp.arange(3, dtype=jnp.int32)
 
-    def look(reference, logits):
-        sums = jax.vmap(lambda *row: partial_sums(row[0], row[1], None, None, row[2], smooth=False))
-        return Seen(sums(logits, labels, reference), jnp.argmax(logits, -1))
+    def sums(reference, logits):
+        of_one = jax.vmap(lambda *row: partial_sums(row[0], row[1], None, None, row[2], smooth=False))
+        return of_one(logits, labels, reference)
 
-    reference = logits.max(1) - jnp.array([0.0, 5.0, accelerator.FAR - 1])
-    assert jnp.array_equal(accelerator.near(look, reference, logits).sums.reference, reference)
-    reference = reference.at[1].set(-accelerator.FAR)
-    again = accelerator.near(look, reference, logits).sums
+    reference = logits.max(1) - jnp.array([0.0, 5.0, one_pass.FAR - 1])
+    assert jnp.array_equal(one_pass.relative_to(sums, reference, logits).reference, reference)
+    reference = reference.at[1].set(-one_pass.FAR)
+    again = one_pass.relative_to(sums, reference, logits)
     assert jnp.array_equal(again.reference, logits.max(1))
-    assert_trees_close(again.total, look(logits.max(1), logits).sums.total)
-    assert jnp.array_equal(accelerator.near(look, jnp.full(3, -jnp.inf), logits).sums.reference, logits.max(1))
+    assert_trees_close(again.total, sums(logits.max(1), logits).total)
+    assert jnp.array_equal(one_pass.relative_to(sums, jnp.full(3, -jnp.inf), logits).reference, logits.max(1))
 
 
 @jax.custom_vjp
@@ -250,9 +254,7 @@ def test_error_in_16_bits_beside_that_of_dense(loop, c, dtype, scale, allowed):
 
 @pytest.mark.parametrize("loop", ["tokens", "classes"])
 def test_each_platform_carries_its_own_loop(loop, monkeypatch):
-    monkeypatch.setattr(accelerator, "everywhere", False)
-    monkeypatch.setattr(_forms, "enabled", True)
-    jax.clear_caches()
+    monkeypatch.setattr(_platform, "pretended", None)
     arrays = problem(BIASES["a hot class in the last slab"], dtype=np.float32)
     gradient = jax.jit(jax.value_and_grad(lambda a: loss(loop)(**a, labels=LABELS)))
 

@@ -10,7 +10,7 @@ from jax.experimental import checkify
 from jax.extend.core import jaxprs_in_params
 
 import jaxce
-from jaxce._loops import auto
+from jaxce._projection.loops import auto
 
 N, D, C = 12, 5, 17
 LOOPS = ["tokens", "classes", "auto"]

@@ -12,8 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxce
-from jaxce import _forms, _log_probs, sharded
-from jaxce._loops import accelerator
+from jaxce import InShardMap, OnMesh, _platform
 
 STRATEGIES = pytest.mark.parametrize("strategy", ["tokens", "classes"])
 BATCH, FEATURES, CLASSES = (4, 3), 5, 24
@@ -149,8 +148,8 @@ def test_projection_on_a_mesh(x64, kernel_gather, name):
     hidden, kernel = jnp.tile(hidden, 2)[..., :8], jnp.tile(kernel, (2, 1))[:8]
     floats = {"hidden": hidden, "kernel": kernel, **OPTIONS[name]()}
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    how = {"mesh": mesh, "hidden_spec": P("data"), "kernel_spec": P("data", "model"), "kernel_gather": kernel_gather}
-    ours = partial(with_gradients, partial(sharded.linear_token_log_probs, chunk_size=5, **how))
+    lie = OnMesh(mesh=mesh, hidden=P("data"), kernel=P("data", "model"), kernel_gather=kernel_gather)
+    ours = partial(with_gradients, partial(jaxce.linear_token_log_probs, chunk_size=5, sharding=lie))
     assert_trees_close(quickly(ours)(floats, labels), with_gradients(dense, floats, labels), 1e-10)
 
 
@@ -162,8 +161,8 @@ def test_logits_on_a_mesh(x64, axis_type):
     spec = P("data", None, "model")
     with jax.set_mesh(mesh):
         placed = floats | {"logits": jax.device_put(floats["logits"], jax.NamedSharding(mesh, spec))}
-        how = {"logits_spec": spec} if axis_type == AxisType.Auto else {}
-        got = quickly(partial(with_gradients, partial(sharded.token_log_probs, **how)))(placed, labels)
+        lie = OnMesh(logits=spec) if axis_type == AxisType.Auto else OnMesh()
+        got = quickly(partial(with_gradients, partial(jaxce.token_log_probs, sharding=lie)))(placed, labels)
     assert_trees_close(got, with_gradients(textbook, floats, labels), 1e-10)
 
 
@@ -172,8 +171,8 @@ def test_projection_inside_of_a_shard_map(x64):
     temperature = positive(BATCH, 3, np.float64)
 
     def local(hidden, kernel, temperature, labels):
-        how = {"batch_axes": "data", "class_axes": "model"}
-        return tuple(sharded.linear_token_log_probs(hidden, kernel, labels, temperature=temperature, **how))
+        own = InShardMap(batch_axes="data", class_axes="model")
+        return tuple(jaxce.linear_token_log_probs(hidden, kernel, labels, temperature=temperature, sharding=own))
 
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     in_specs = (P("data"), P(None, "model"), P("data"), P("data"))
@@ -189,9 +188,7 @@ def test_projection_inside_of_a_shard_map(x64):
 @pytest.fixture(params=["as on this platform", "as on a TPU"])
 def platform(request, monkeypatch):
     if request.param == "as on a TPU":
-        monkeypatch.setattr(accelerator, "everywhere", True)
-        monkeypatch.setattr(_forms, "enabled", False)
-        monkeypatch.setattr(_log_probs, "platform_of", lambda arrays: "tpu")
+        monkeypatch.setattr(_platform, "pretended", "tpu")
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -1,14 +1,17 @@
 """The platform that "auto" goes by, as far as it is known where the loss is traced."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxce._loops import auto
-from jaxce._loops.shared import Inputs
 from jaxce._platform import platform_of
+from jaxce._projection.chunks import Plan
+from jaxce._projection.inputs import Head, Inputs, Wanted
+from jaxce._projection.loops import auto, cpu_kept_logits, loop_for, over_classes, over_tokens
 
 
 @pytest.fixture
@@ -36,34 +39,75 @@ def test_where_arrays_and_meshes_are(default_is_a_tpu, axis_type):
 
 
 def inputs_of(n, d, c, dtype=jnp.bfloat16):
-    shapes = jax.ShapeDtypeStruct((n, d), dtype), jax.ShapeDtypeStruct((d, c), dtype)
-    return Inputs(*shapes, None, jax.ShapeDtypeStruct((n,), jnp.int32), None, None, None)
+    shapes = {"hidden": jax.ShapeDtypeStruct((n, d), dtype), "kernel": jax.ShapeDtypeStruct((d, c), dtype)}
+    head = Head(**shapes, bias=None, softcap=None, inverse_temperature=None, transpose_kernel=False)
+    return Inputs((head,), jax.ShapeDtypeStruct((n,), jnp.int32))
+
+
+def plan_of(platform, inputs, *, summed=True, **how):
+    columns = inputs.heads[0].columns
+    how = {"strategy": "auto", "num_classes": columns, "columns": columns, **how}
+    return Plan(quantity=None, summed=summed, platform=platform, **how)
+
+
+def wanted(inputs, *names):
+    """The gradients of these arrays of the head."""
+    (head,) = inputs.heads
+    flags = dict.fromkeys(("hidden", "kernel", "bias", "softcap", "inverse_temperature"), False)
+    return Wanted(
+        Inputs((dataclasses.replace(head, **flags | dict.fromkeys(names, True)),), False, False, False, False)
+    )
+
+
+BOTH = ("hidden", "kernel")
 
 
 @pytest.mark.parametrize(
-    ("platform", "shape", "reduction", "loop"),
+    ("platform", "shape", "summed", "gradients", "loop"),
     [
-        ("tpu", (32_768, 2_560, 128_256), "mean", "classes"),
-        ("gpu", (32_768, 2_560, 128_256), "mean", "tokens"),
-        ("gpu", (8_192, 4_096, 128_256), "mean", "classes"),
-        ("gpu", (32_768, 2_560, 128_256), "none", "classes"),
-        ("cpu", (32_768, 2_560, 128_256), "mean", "classes"),
-        ("cpu", (32_768, 256, 1_024), "sum", "tokens"),
+        ("tpu", (32_768, 2_560, 128_256), True, BOTH, over_classes),
+        ("tpu", (32_768, 2_560, 128_256), True, ("hidden",), over_classes),
+        ("gpu", (32_768, 2_560, 128_256), True, BOTH, over_tokens),
+        ("gpu", (8_192, 4_096, 128_256), True, BOTH, over_classes),
+        ("gpu", (8_192, 4_096, 128_256), True, ("kernel",), over_tokens),
+        ("gpu", (8_192, 4_096, 128_256), True, (), over_classes),
+        ("gpu", (32_768, 2_560, 128_256), False, BOTH, over_classes),
+        ("cpu", (32_768, 2_560, 128_256), True, BOTH, over_classes),
+        ("cpu", (32_768, 256, 1_024), True, BOTH, over_tokens),
+        ("cpu", (32_768, 256, 1_024), False, BOTH, over_classes),
+        ("a new one", (8_192, 4_096, 128_256), True, BOTH, over_classes),
     ],
 )
-def test_auto(platform, shape, reduction, loop):
-    assert auto.loop(platform, inputs_of(*shape), reduction) == loop
+def test_auto(platform, shape, summed, gradients, loop):
+    inputs = inputs_of(*shape)
+    assert loop_for(plan_of(platform, inputs, summed=summed), wanted(inputs, *gradients), inputs) is loop
+
+
+def test_a_cpu_keeps_logits_that_have_room(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    inputs = inputs_of(2_048, 256, 32_000, jnp.float32)
+
+    def loop(gradients=BOTH, platform="cpu", inputs=inputs, **how):
+        return loop_for(plan_of(platform, inputs, **how), wanted(inputs, *gradients), inputs)
+
+    assert loop() is loop(summed=False) is cpu_kept_logits
+    others = [loop(()), loop(platform="tpu"), loop(strategy="classes"), loop(inputs=inputs_of(2_048, 256, 32_000))]
+    assert set(others) == {over_classes}
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert loop() is over_classes
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("tokens", [1, 100, 8_192, 1_000_000])
 def test_accelerators_work_on_a_thousand_at_a_time(tokens, platform):
     inputs = inputs_of(tokens, 512, 100_000)
-    assert auto.classes_at_a_time(platform, inputs) >= 1024
-    assert auto.tokens_at_a_time(platform, inputs, 100_000) >= 1024
+    plan = plan_of(platform, inputs)
+    assert auto.classes_at_a_time(plan, inputs) >= 1024
+    assert auto.tokens_at_a_time(plan, inputs) >= 1024
 
 
 def test_on_automatic_axes_a_chunk_has_tokens_of_all_devices():
     inputs = inputs_of(8_192, 512, 100_000)
-    assert auto.loop("tpu", inputs, "mean", groups=8) == "tokens"
-    assert auto.tokens_at_a_time("tpu", inputs, 100_000, groups=8) == 2_048
+    plan = plan_of("tpu", inputs, token_groups=8)
+    assert loop_for(plan, wanted(inputs, *BOTH), inputs) is over_tokens
+    assert auto.tokens_at_a_time(plan, inputs) == 2_048

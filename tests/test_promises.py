@@ -17,7 +17,9 @@ import jaxce
 
 def test_public_names():
     assert set(jaxce.__all__) == {
+        "InShardMap",
         "LossStats",
+        "OnMesh",
         "TokenStats",
         "cross_entropy",
         "linear_cross_entropy",
@@ -26,7 +28,6 @@ def test_public_names():
         "log_softmax",
         "nll_loss",
         "reference",
-        "sharded",
         "token_log_probs",
     }
     assert all(hasattr(jaxce, name) for name in jaxce.__all__)

@@ -54,7 +54,7 @@ def test_every_public_loss_is_checked():
     public = {name for name in jaxce.__all__ if callable(getattr(jaxce, name)) and name[0].islower()}
     assert len(public) == 7
     assert public <= names
-    assert {f"sharded.{name}" for name in jaxce.sharded.__all__} <= names
+    assert {f"{name} on a mesh" for name in public} <= names
 
 
 def cross_entropy_check(ours):
@@ -151,8 +151,8 @@ def test_on_a_mesh(capsys):
     assert list(needs) == ["dense", "auto", "tokens", "classes", "slabs"]
     assert needs["slabs"]["arguments"] == 4 * (64 * 64 + 64 // 4 * 8002 // 2 + 64)
     assert needs["slabs"]["call"] == (
-        "jaxce.sharded.linear_cross_entropy(hidden, kernel, labels, hidden_spec=P('data'), "
-        "kernel_spec=P('data', 'model'), num_classes=8001, kernel_gather=\"slabs\")"
+        "jaxce.linear_cross_entropy(hidden, kernel, labels, num_classes=8001, "
+        'sharding=jaxce.OnMesh(hidden=P("data"), kernel=P("data", "model"), kernel_gather="slabs"))'
     )
     assert needs["dense"]["call"] == "jaxce.cross_entropy((hidden @ kernel)[:, :8001], labels)"
     assert found["step"]["columns"] == 8002

@@ -1,4 +1,4 @@
-"""`jaxce.sharded` on eight virtual devices: the numbers, gradients and layouts of what lies on one device."""
+"""The losses on eight virtual devices: the numbers, gradients and layouts of what lies on one device."""
 
 from functools import cache, partial
 
@@ -11,8 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxce
-from jaxce import _forms, sharded
-from jaxce._loops import accelerator
+from jaxce import InShardMap, OnMesh, _platform
 
 AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 STRATEGIES = pytest.mark.parametrize("strategy", ["tokens", "classes"])
@@ -112,9 +111,7 @@ def unsharded(option, num_classes):
     return quickly(step)(hidden, kernel, labels)
 
 
-def compare(
-    layout, axis_type, strategy, option="everything", num_classes=COLUMNS, loss=sharded.linear_cross_entropy, **how
-):
+def compare(layout, axis_type, strategy, option="everything", num_classes=COLUMNS, specs=True, kernel_gather="whole"):
     """The loss on a mesh beside the loss on one device; returns the gradients."""
     hidden, kernel, labels = problem(num_classes)
     of_hidden, of_kernel = layout
@@ -125,14 +122,15 @@ def compare(
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
         placed = place(mesh, hidden, of_hidden), place(mesh, kernel, of_kernel)
-        if axis_type == AxisType.Auto and loss is sharded.linear_cross_entropy:
-            how |= {"hidden_spec": of_hidden, "kernel_spec": of_kernel}
-        step = partial(with_gradients, partial(loss, **how), statics=statics, arrays=arrays)
+        given = {"hidden": of_hidden, "kernel": of_kernel} if axis_type == AxisType.Auto else {}
+        how = {"sharding": OnMesh(kernel_gather=kernel_gather, **given)} if specs else {}
+        loss = partial(jaxce.linear_cross_entropy, **how)
+        step = partial(with_gradients, loss, statics=statics, arrays=arrays)
         got = quickly(step)(*placed, place(mesh, labels, P(*of_hidden[:2])))
     assert_trees_close(got, unsharded(option, num_classes))
     _, gradients = got
     for name, array in zip(("hidden", "kernel"), placed, strict=True):
-        if loss is sharded.linear_cross_entropy:
+        if specs:
             assert gradients[name].sharding.is_equivalent_to(array.sharding, array.ndim)
     return gradients
 
@@ -195,8 +193,7 @@ def test_kernel_gathered_slab_by_slab(layout, option):
     ],
 )
 def test_plain_function_on_an_automatic_mesh(layout, strategy, option):
-    loss = jaxce.linear_cross_entropy
-    compare(LAYOUTS[layout], AxisType.Auto, strategy, option, num_classes=23, loss=loss)
+    compare(LAYOUTS[layout], AxisType.Auto, strategy, option, num_classes=23, specs=False)
 
 
 @pytest.mark.parametrize(
@@ -204,15 +201,12 @@ def test_plain_function_on_an_automatic_mesh(layout, strategy, option):
 )
 def test_a_slab_that_one_device_does_again(strategy, how, monkeypatch):
     """A hot class for some tokens on one device: far above the reference, there alone."""
-    monkeypatch.setattr(accelerator, "everywhere", True)
-    monkeypatch.setattr(_forms, "enabled", False)
-    monkeypatch.setattr(sharded, "platform_of", lambda arrays, mesh: "tpu")
+    monkeypatch.setattr(_platform, "pretended", "tpu")
     jax.clear_caches()
     hidden, kernel, labels = problem()
     hidden, kernel = hidden.at[:2].multiply(300), kernel.at[:, 17].multiply(30)
     want = quickly(plain_gradients(lambda h, w, y: jaxce.reference.cross_entropy(h @ w, y)))(hidden, kernel, labels)
-    mesh = mesh_of(AxisType.Auto)
-    loss = partial(sharded.linear_cross_entropy, mesh=mesh, strategy=strategy, chunk_size=5, **SPECS, **how)
+    loss = partial(on_mesh(**how), strategy=strategy, chunk_size=5)
     assert_trees_close(quickly(plain_gradients(loss))(hidden, kernel, labels), want, 1e-10)
     jax.clear_caches()
 
@@ -221,7 +215,7 @@ def test_a_slab_that_one_device_does_again(strategy, how, monkeypatch):
 @pytest.mark.parametrize("strategy", ["auto", "classes"])
 def test_frozen_hidden_states_or_kernel(wanted, strategy):
     hidden, kernel, labels = problem()
-    loss = partial(sharded.linear_cross_entropy, mesh=mesh_of(AxisType.Auto), strategy=strategy, chunk_size=5, **SPECS)
+    loss = partial(on_mesh(), strategy=strategy, chunk_size=5)
     argnums = tuple(("hidden", "kernel").index(name) for name in wanted)
     got, want = (
         quickly(jax.value_and_grad(each, argnums))(hidden, kernel, labels)
@@ -237,7 +231,7 @@ def test_16_bits(dtype, how):
     hidden, kernel, labels = problem()
     hidden, kernel = hidden.astype(dtype), kernel.astype(dtype)
     want = plain_gradients()(hidden.astype(jnp.float64), kernel.astype(jnp.float64), labels)
-    loss = partial(sharded.linear_cross_entropy, mesh=mesh_of(AxisType.Auto), chunk_size=5, **SPECS, **how)
+    loss = partial(on_mesh(**how), chunk_size=5)
     value, gradients = quickly(plain_gradients(loss))(hidden, kernel, labels)
     assert value.dtype == jnp.float32
     assert_close(value.astype(jnp.float64), want[0], 1e-5)
@@ -281,8 +275,8 @@ def test_logits(axis_type, spec, axis, num_classes, reduction):
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
         placed = place(mesh, logits, spec)
-        given = how if axis_type == AxisType.Explicit else how | {"logits_spec": spec}
-        loss = partial(sharded.cross_entropy, num_classes=num_classes, **given)
+        lie = OnMesh() if axis_type == AxisType.Explicit else OnMesh(logits=spec)
+        loss = partial(jaxce.cross_entropy, num_classes=num_classes, sharding=lie, **how)
         got = quickly(partial(of_logits, loss=loss))(placed, labels, options)
     assert_trees_close(got, want)
     assert got[2][0].sharding.is_equivalent_to(placed.sharding, 3)
@@ -292,7 +286,8 @@ def test_class_probabilities_beside_logits():
     logits, labels = normal((8, 11), 0, np.float64), distributions((8, 11), dtype=np.float64)
     padded = jnp.pad(logits, [(0, 0), (0, 1)], constant_values=jnp.nan)
     mesh = mesh_of(AxisType.Auto)
-    loss = partial(sharded.cross_entropy, mesh=mesh, logits_spec=P("model", "data"), num_classes=11)
+    lie = OnMesh(mesh=mesh, logits=P("model", "data"))
+    loss = partial(jaxce.cross_entropy, sharding=lie, num_classes=11)
     got = jax.value_and_grad(loss, (0, 1))(padded, labels)
     want, (of_scores, of_labels) = jax.value_and_grad(jaxce.cross_entropy, (0, 1))(logits, labels)
     assert_trees_close(got, (want, (jnp.pad(of_scores, [(0, 0), (0, 1)]), of_labels)))
@@ -300,7 +295,12 @@ def test_class_probabilities_beside_logits():
 
 # Where the mesh and the specs come from.
 
-SPECS = {"hidden_spec": P("data"), "kernel_spec": P("data", "model")}
+SPECS = {"hidden": P("data"), "kernel": P("data", "model")}
+
+
+def on_mesh(**how):
+    """The loss on a mesh with automatic axes."""
+    return partial(jaxce.linear_cross_entropy, sharding=OnMesh(mesh=mesh_of(AxisType.Auto), **SPECS, **how))
 
 
 def plain_gradients(loss=jaxce.linear_cross_entropy, **options):
@@ -311,18 +311,19 @@ def test_arrays_that_tell_where_they_lie():
     hidden, kernel, labels = problem()
     mesh = mesh_of(AxisType.Auto)
     placed = place(mesh, hidden, P("data")), place(mesh, kernel, P("data", "model"))
-    assert_close(sharded.linear_cross_entropy(*placed, labels), jaxce.linear_cross_entropy(hidden, kernel, labels))
+    want = jaxce.linear_cross_entropy(hidden, kernel, labels)
+    assert_close(jaxce.linear_cross_entropy(*placed, labels, sharding=OnMesh()), want)
+    assert_close(jaxce.linear_cross_entropy(*placed, labels), want)
 
 
 def test_mesh_and_specs_that_are_passed():
     hidden, kernel, labels = problem()
-    mesh = mesh_of(AxisType.Auto)
-    got = jax.jit(plain_gradients(sharded.linear_cross_entropy, mesh=mesh, **SPECS))(hidden, kernel, labels)
+    got = jax.jit(plain_gradients(on_mesh()))(hidden, kernel, labels)
     assert_trees_close(got, plain_gradients()(hidden, kernel, labels))
 
 
 @pytest.mark.parametrize("layout", ["FSDP and classes", "data, sequences and classes"])
-def test_plain_function_on_an_explicit_mesh_is_the_sharded_one(layout):
+def test_on_an_explicit_mesh_types_tell(layout):
     hidden, kernel, labels = problem()
     of_hidden, of_kernel = LAYOUTS[layout]
     mesh = mesh_of(AxisType.Explicit)
@@ -330,12 +331,12 @@ def test_plain_function_on_an_explicit_mesh_is_the_sharded_one(layout):
         arguments = place(mesh, hidden, of_hidden), place(mesh, kernel, of_kernel), labels
         plain, ours = (
             jax.jit(plain_gradients(loss)).lower(*arguments).as_text()
-            for loss in (jaxce.linear_cross_entropy, sharded.linear_cross_entropy)
+            for loss in (jaxce.linear_cross_entropy, partial(jaxce.linear_cross_entropy, sharding=OnMesh()))
         )
         logits = place(mesh, normal((8, COLUMNS)), P("data", "model"))
         of_scores, ours_of_scores = (
             jax.jit(jax.value_and_grad(loss)).lower(logits, labels[:, 0]).as_text()
-            for loss in (jaxce.cross_entropy, sharded.cross_entropy)
+            for loss in (jaxce.cross_entropy, partial(jaxce.cross_entropy, sharding=OnMesh()))
         )
     assert plain == ours
     assert of_scores == ours_of_scores
@@ -366,8 +367,8 @@ def test_inside_of_a_shard_map(option, strategy):
     }
 
     def local(given, where):
-        options = {**statics, "where": where, "batch_axes": "data", "class_axes": "model"}
-        return sharded.linear_cross_entropy(**given, **options)
+        own = InShardMap(batch_axes="data", class_axes="model")
+        return jaxce.linear_cross_entropy(**given, **statics, where=where, sharding=own)
 
     given = {"hidden": hidden, "kernel": kernel, "labels": labels} | arrays
     specs = {name: of_arrays.get(name, P()) for name in given}
@@ -393,7 +394,8 @@ def test_logits_inside_of_a_shard_map():
     logits, labels = normal((8, COLUMNS), 0, np.float64), indices((8,), 23)
 
     def local(logits, labels):
-        return sharded.cross_entropy(logits, labels, batch_axes="model", class_axes="data", num_classes=23)
+        own = InShardMap(batch_axes="model", class_axes="data")
+        return jaxce.cross_entropy(logits, labels, sharding=own, num_classes=23)
 
     loss = jax.shard_map(local, mesh=mesh_of(AxisType.Auto), in_specs=(P("model", "data"), P("model")), out_specs=P())
     want, gradient = jax.value_and_grad(jaxce.cross_entropy)(logits[:, :23], labels)
@@ -408,7 +410,6 @@ def test_second_derivatives_and_vmap(strategy):
     hidden, kernel, labels = problem()
     direction = normal(kernel.shape, 8, np.float64)
     options = {"strategy": strategy, "chunk_size": 5}
-    mesh = mesh_of(AxisType.Auto)
 
     def product(loss):
         gradient = jax.grad(lambda kernel: loss(hidden, kernel, labels, **options))
@@ -417,7 +418,7 @@ def test_second_derivatives_and_vmap(strategy):
     def each(loss):
         return jax.vmap(lambda scale: loss(hidden, scale * kernel, labels, **options))(jnp.asarray([1.0, 2.0]))
 
-    ours = partial(sharded.linear_cross_entropy, mesh=mesh, **SPECS)
+    ours = on_mesh()
     for function in (product, each):
         got, want = (quickly(partial(function, loss))() for loss in (ours, jaxce.linear_cross_entropy))
         assert_close(got, want, 1e-10)

@@ -3,16 +3,17 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxce import sharded
+import jaxce
+from jaxce import InShardMap, OnMesh
 
 pytestmark = pytest.mark.every_case
 
 HIDDEN, KERNEL, LABELS = jnp.ones((8, 16)), jnp.ones((16, 24)), jnp.zeros(8, int)
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-SPECS = {"mesh": MESH, "hidden_spec": P("data"), "kernel_spec": P(None, "model")}
+SPECS = {"mesh": MESH, "hidden": P("data"), "kernel": P(None, "model")}
 
 
 def raised(call, kind=ValueError):
@@ -22,83 +23,82 @@ def raised(call, kind=ValueError):
 
 
 NO_MESH = (
-    "there is no mesh: pass mesh=jax.make_mesh(...), or call this under jax.set_mesh(mesh), or with arrays that lie on "
-    "a mesh; without one, jaxce.cross_entropy and jaxce.linear_cross_entropy are the same losses"
+    "there is no mesh: pass OnMesh(mesh=jax.make_mesh(...)), or call this under jax.set_mesh(mesh), or with arrays "
+    "that lie on a mesh; without one, leave sharding out"
 )
 PROJECTIONS = {
-    "no mesh": ({"mesh": None, "hidden_spec": None, "kernel_spec": None}, NO_MESH),
+    "no mesh": ({"mesh": None, "hidden": None, "kernel": None}, NO_MESH),
     "no spec": (
-        {"hidden_spec": None},
-        "hidden_spec must say how hidden lies on the mesh (data=4, model=2): inside of jax.jit or jax.grad an array on "
-        "a mesh with automatic axes doesn't tell; for example hidden_spec=P('data')",
+        {"hidden": None},
+        "OnMesh(hidden=...) must say how hidden lies on the mesh (data=4, model=2): inside of jax.jit or jax.grad an "
+        "array on a mesh with automatic axes doesn't tell; for example OnMesh(hidden=P('data'))",
     ),
     "no spec of the kernel": (
-        {"kernel_spec": None},
-        "kernel_spec must say how kernel lies on the mesh (data=4, model=2): inside of jax.jit or jax.grad an array on "
-        "a mesh with automatic axes doesn't tell; for example kernel_spec=P(None, 'model')",
+        {"kernel": None},
+        "OnMesh(kernel=...) must say how kernel lies on the mesh (data=4, model=2): inside of jax.jit or jax.grad an "
+        "array on a mesh with automatic axes doesn't tell; for example OnMesh(kernel=P(None, 'model'))",
     ),
     "unknown axis": (
-        {"kernel_spec": P(None, "modell")},
-        "kernel_spec must name axes of the mesh (data=4, model=2); got P(None, 'modell'): did you mean 'model'?",
+        {"kernel": P(None, "modell")},
+        "OnMesh(kernel=...) must name axes of the mesh (data=4, model=2); got P(None, 'modell'): did you mean 'model'?",
     ),
     "too many entries": (
-        {"hidden_spec": P("data", None, None)},
-        "hidden_spec must have at most 2 entries, one an axis of hidden; got P('data', None, None)",
+        {"hidden": P("data", None, None)},
+        "OnMesh(hidden=...) must have at most 2 entries, one an axis of hidden; got P('data', None, None)",
     ),
     "an axis twice": (
-        {"kernel_spec": P("model", "model")},
-        "kernel_spec must name a mesh axis once; got 'model' twice in P('model', 'model')",
+        {"kernel": P("model", "model")},
+        "OnMesh(kernel=...) must name a mesh axis once; got 'model' twice in P('model', 'model')",
     ),
     "unconstrained": (
-        {"hidden_spec": P(P.UNCONSTRAINED)},
-        f"hidden_spec must say of each axis how it is sharded; got {P(P.UNCONSTRAINED)}: None says that it isn't",
+        {"hidden": P(P.UNCONSTRAINED)},
+        f"OnMesh(hidden=...) must say of each axis how it is sharded; got {P(P.UNCONSTRAINED)}: None says that it "
+        "isn't",
     ),
     "features": (
-        {"hidden_spec": P("data", "model")},
+        {"hidden": P("data", "model")},
         "hidden must have all of its features on each device; got its last axis sharded over 'model': the logits would "
         "have to be summed across devices. Gather it first, for example with jax.lax.with_sharding_constraint or "
         "jax.sharding.reshard",
     ),
     "uneven classes": (
-        {"kernel": jnp.ones((16, 23))},
+        {"arrays": {"kernel": jnp.ones((16, 23))}},
         "axis 1 of kernel, of length 23, must be divisible by 2, the devices along 'model': pad it to 24, and pass "
         "num_classes=23",
     ),
     "uneven features": (
-        {"hidden": jnp.ones((8, 15)), "kernel": jnp.ones((15, 24)), "kernel_spec": P("data", "model")},
+        {"arrays": {"hidden": jnp.ones((8, 15)), "kernel": jnp.ones((15, 24))}, "kernel": P("data", "model")},
         "axis 0 of kernel, of length 15, must be divisible by 4, the devices along 'data': shard it over fewer devices",
     ),
     "uneven tokens": (
-        {"hidden": jnp.ones((6, 16)), "labels": jnp.zeros(6, int)},
+        {"arrays": {"hidden": jnp.ones((6, 16)), "labels": jnp.zeros(6, int)}},
         "axis 0 of hidden, of length 6, must be divisible by 4, the devices along 'data': pad it to 8, and leave the "
         "padding out with ignore_index or where",
     ),
     "slabs over tokens": (
-        {"kernel_gather": "slabs", "strategy": "tokens"},
+        {"kernel_gather": "slabs", "arrays": {"strategy": "tokens"}},
         "kernel_gather='slabs' needs the loop over classes; got strategy='tokens', which takes the whole kernel for "
         "each chunk of tokens: strategy='classes' or 'auto'",
     ),
     "slabs of classes": (
-        {"kernel_gather": "slabs", "kernel_spec": P(None, ("model", "data")), "hidden": jnp.ones((800, 16))},
+        {
+            "kernel_gather": "slabs",
+            "kernel": P(None, ("model", "data")),
+            "arrays": {"hidden": jnp.ones((800, 16)), "labels": jnp.zeros(800, int)},
+        },
         "kernel_gather='slabs' needs a kernel that is sharded over the axes of the tokens by its features; got its "
         "classes sharded over 'data': move them to axis 0",
     ),
-    "another word": (
-        {"kernel_gather": "slab"},
-        "kernel_gather must be one of 'whole' and 'slabs'; got 'slab': did you mean 'slabs'?",
+    "logits": (
+        {"logits": P("data")},
+        "OnMesh(logits=...) is of no array of this function, which takes hidden and kernel: leave it out",
     ),
-    "both ways": (
-        {"class_axes": "model"},
-        "mesh is for whole arrays; got it with batch_axes or class_axes, which are for the parts of them inside of a "
-        "jax.shard_map: pass one or the other",
-    ),
-    "no shard_map": (
-        {"mesh": None, "hidden_spec": None, "kernel_spec": None, "class_axes": "model"},
-        "class_axes must name axes of the jax.shard_map that this is called in; got 'model': there is none around this "
-        "call",
+    "a teacher": (
+        {"teacher_kernel": P("data")},
+        "OnMesh(teacher_kernel=...) is of no array of this function, which takes hidden and kernel: leave it out",
     ),
     "kernel": (
-        {"kernel": jnp.ones((24, 16))},
+        {"arrays": {"kernel": jnp.ones((24, 16))}},
         "kernel must have shape (D, C) with D = 16, the last axis of hidden (8, 16); got (24, 16): it fits with "
         "transpose_kernel=True",
     ),
@@ -107,14 +107,19 @@ PROJECTIONS = {
 
 @pytest.mark.parametrize(("changed", "message"), PROJECTIONS.values(), ids=PROJECTIONS.keys())
 def test_projection(changed, message):
-    given = {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS, **SPECS, **changed}
-    assert raised(lambda: sharded.linear_cross_entropy(**given)) == message
+    specs = SPECS | changed
+    given = {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS, **specs.pop("arrays", {})}
+    assert raised(lambda: jaxce.linear_cross_entropy(**given, sharding=OnMesh(**specs))) == message
 
 
 LOGITS = {
     "no mesh": ({"mesh": None}, NO_MESH),
+    "log-probabilities": (
+        {"mesh": None, "logits": None},
+        NO_MESH,
+    ),
     "uneven": (
-        {"logits": jnp.ones((8, 23)), "logits_spec": P(None, "model")},
+        {"array": jnp.ones((8, 23)), "logits": P(None, "model")},
         "axis 1 of logits, of length 23, must be divisible by 2, the devices along 'model': pad it to 24, and pass "
         "num_classes=23",
     ),
@@ -122,34 +127,62 @@ LOGITS = {
         {"num_classes": 25},
         "num_classes must be from 1 to 24, the classes of logits; got 25",
     ),
+    "hidden": (
+        {"hidden": P("data")},
+        "OnMesh(hidden=...) is of no array of this function, which takes logits: leave it out",
+    ),
 }
 
 
 @pytest.mark.parametrize(("changed", "message"), LOGITS.values(), ids=LOGITS.keys())
 def test_logits(changed, message):
-    given = {"logits": jnp.ones((8, 24)), "labels": LABELS, "mesh": MESH, "logits_spec": P("data"), **changed}
-    assert raised(lambda: sharded.cross_entropy(**given)) == message
+    lie = OnMesh(mesh=changed.get("mesh", MESH), logits=changed.get("logits", P("data")), hidden=changed.get("hidden"))
+    given = {"num_classes": changed.get("num_classes"), "sharding": lie}
+    assert raised(lambda: jaxce.cross_entropy(changed.get("array", jnp.ones((8, 24))), LABELS, **given)) == message
 
 
 def test_what_is_no_mesh_or_spec():
-    def call(**how):
-        return raised(lambda: sharded.cross_entropy(jnp.ones((8, 24)), LABELS, **how), TypeError)
+    assert (
+        raised(lambda: OnMesh(mesh="data"), TypeError) == "mesh must be a jax.sharding.Mesh, or None; got str: 'data'"
+    )
+    message = "logits must be a jax.sharding.PartitionSpec, or None; got str: 'data'"
+    assert raised(lambda: OnMesh(logits="data"), TypeError) == message
+    message = "kernel_gather must be one of 'whole' and 'slabs'; got 'slab': did you mean 'slabs'?"
+    assert raised(lambda: OnMesh(kernel_gather="slab")) == message
+    message = "class_axes must be the name of an axis, or a sequence of names; got None: () is none"
+    assert raised(lambda: InShardMap(batch_axes="data", class_axes=None), TypeError) == message
 
-    assert call(mesh="data") == "mesh must be a jax.sharding.Mesh, or None; got str: 'data'"
-    assert call(mesh=MESH, logits_spec="data") == "logits_spec must be a jax.sharding.PartitionSpec; got str: 'data'"
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("data", "got str"),
+        (P("data"), "got a PartitionSpec: wrap it in jaxce.OnMesh, with a spec for each array"),
+        (NamedSharding(MESH, P()), "got a NamedSharding: wrap it in jaxce.OnMesh, with a spec for each array"),
+    ],
+)
+def test_what_is_no_sharding(value, message):
+    message = f"sharding must be jaxce.OnMesh(...), jaxce.InShardMap(...) or None; {message}"
+    logits, teacher = jnp.ones((8, 24)), (HIDDEN, KERNEL)
+    calls = [
+        lambda: jaxce.cross_entropy(logits, LABELS, sharding=value),
+        lambda: jaxce.nll_loss(logits, LABELS, sharding=value),
+        lambda: jaxce.log_softmax(logits, sharding=value),
+        lambda: jaxce.token_log_probs(logits, LABELS, sharding=value),
+        lambda: jaxce.linear_cross_entropy(HIDDEN, KERNEL, LABELS, sharding=value),
+        lambda: jaxce.linear_token_log_probs(HIDDEN, KERNEL, LABELS, sharding=value),
+        lambda: jaxce.linear_distillation_loss(HIDDEN, KERNEL, *teacher, sharding=value),
+    ]
+    assert {raised(call, TypeError) for call in calls} == {message}
+
+
+def test_no_shard_map():
+    message = "class_axes must name axes of the jax.shard_map that this is called in; got 'model': there is none around"
+    own = InShardMap(batch_axes=(), class_axes="model")
+    assert raised(lambda: jaxce.linear_cross_entropy(HIDDEN, KERNEL, LABELS, sharding=own)) == f"{message} this call"
 
 
 INSIDE = {
-    "slabs": (
-        {"kernel_gather": "slabs"},
-        "kernel_gather='slabs' is for whole arrays and their specs; got it inside of a jax.shard_map, where a device "
-        "has all features of its classes: leave it out",
-    ),
-    "no axes at all": (
-        {"batch_axes": None, "class_axes": None},
-        "batch_axes and class_axes must say which axes of the jax.shard_map, 'data', 'model', hold tokens and which "
-        "hold classes; got neither, and no hidden_spec",
-    ),
     "unknown axis": (
         {"class_axes": "modell"},
         "class_axes must name axes of the jax.shard_map that this is called in; got 'modell': those are "
@@ -185,15 +218,29 @@ INSIDE = {
 @pytest.mark.parametrize(("changed", "message"), INSIDE.values(), ids=INSIDE.keys())
 def test_inside_of_a_shard_map(changed, message):
     of_call = {"hidden_spec": P("data"), "kernel_spec": P(None, "model"), "labels_spec": P("data"), "check_vma": True}
-    names = {"batch_axes": "data", "class_axes": "model", "kernel_gather": "whole"}
+    names = {"batch_axes": "data", "class_axes": "model"}
     of_call |= {key: changed[key] for key in of_call if key in changed}
     names |= {key: changed[key] for key in names if key in changed}
     *specs, check_vma = of_call.values()
     loss = jax.shard_map(
-        lambda *arrays: sharded.linear_cross_entropy(*arrays, **names),
+        lambda *arrays: jaxce.linear_cross_entropy(*arrays, sharding=InShardMap(**names)),
         mesh=MESH,
         in_specs=tuple(specs),
         out_specs=P(),
         check_vma=check_vma,
+    )
+    assert raised(lambda: jax.eval_shape(loss, HIDDEN, KERNEL, LABELS)) == message
+
+
+def test_a_mesh_inside_of_a_shard_map():
+    message = (
+        "sharding must be InShardMap(batch_axes=..., class_axes=...) inside of a jax.shard_map, to say which of its "
+        "axes, 'data', 'model', hold tokens and which hold classes; got OnMesh without hidden"
+    )
+    loss = jax.shard_map(
+        lambda *arrays: jaxce.linear_cross_entropy(*arrays, sharding=OnMesh()),
+        mesh=MESH,
+        in_specs=(P("data"), P(None, "model"), P("data")),
+        out_specs=P(),
     )
     assert raised(lambda: jax.eval_shape(loss, HIDDEN, KERNEL, LABELS)) == message

@@ -11,7 +11,7 @@ from helpers import assert_close, assert_trees_close, distributions, normal, pos
 
 import jaxce
 from jaxce import _forms
-from jaxce._softmax import TEXTBOOK, Cotangents, Stats, is_index, merge, partial_sums, read_stats
+from jaxce._math.example import TEXTBOOK, Stats, is_index, merge, partial_sums, read_stats
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -30,7 +30,7 @@ def example(target):
 
 
 def cotangents(dtype=F64):
-    return Cotangents(*(jnp.asarray(number, dtype) for number in (0.7, -0.3, 1.1, 0.6)))
+    return Stats(*(jnp.asarray(number, dtype) for number in (0.7, -0.3, 1.1, 0.6)))
 
 
 def formulas(x, t, weight, softcap):

@@ -1,4 +1,4 @@
-"""`jaxce.sharded` on a mesh of two processes of four devices each, which send each other numbers over loopback."""
+"""A loss on a mesh of two processes of four devices each, which send each other numbers over loopback."""
 
 import os
 import socket
@@ -36,14 +36,14 @@ want = jax.tree.map(np.asarray, want(hidden, kernel))
 for axes in (("model", "data"), ("data", "model")):
     shape = {"data": 4, "model": 2}
     mesh = jax.make_mesh(tuple(shape[axis] for axis in axes), axes, axis_types=(AxisType.Auto,) * 2)
-    specs = {"hidden_spec": P("data"), "kernel_spec": P("data", "model")}
+    lie = jaxce.OnMesh(mesh=mesh, hidden=P("data"), kernel=P("data", "model"))
 
     def place(array, spec):
         return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
     def loss(hidden, kernel, labels):
-        return jaxce.sharded.linear_cross_entropy(
-            hidden, kernel, labels, mesh=mesh, strategy=strategy, chunk_size=5, **specs, **options
+        return jaxce.linear_cross_entropy(
+            hidden, kernel, labels, sharding=lie, strategy=strategy, chunk_size=5, **options
         )
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))

@@ -1,4 +1,4 @@
-"""What a platform does differently from `_softmax.py`, for speed or memory, behind one door: `chosen()`.
+"""What a platform does differently from `_math/example.py`, for speed or memory, behind one door: `FORM`.
 
 A form takes the arguments of `partial_sums` or of `partial_gradients`, after what it falls back on, and returns the
 same up to rounding. A program exported for several platforms carries each one's own. To delete a form, delete its file
@@ -22,41 +22,32 @@ from jaxce._forms import (
     gpu_one_read,
     gpu_soft_cap,
 )
-from jaxce._softmax import TEXTBOOK, Form, Gradients, Sums
+from jaxce._math.example import TEXTBOOK, Form, Gradients, Sums
+from jaxce._platform import by_platform
 
 # Modules, each with `fits` and the function itself. The first that fits is taken, and may go on to the next for parts.
 CPU_SUMS: Sequence[Any] = [cpu_few_classes, cpu_long_rows, cpu_one_pass]
 GPU_SUMS: Sequence[Any] = [gpu_one_read, gpu_soft_cap]
 CPU_GRADIENTS: Sequence[Any] = [cpu_short_rows, cpu_recomputed]
 
-# For tests: without forms, all is as in `_softmax.py`.
-enabled = True
-
-
-def chosen() -> Form:
-    """The functions for sums and gradients, with what each platform does differently in them."""
-    return Form(sums, gradients) if enabled else TEXTBOOK
-
 
 def sums(*inputs: Any, smooth: bool, first_class: Array | int = 0) -> Sums:
     """`partial_sums` in the form that suits the platform."""
     platforms = {"cpu": CPU_SUMS, "cuda": GPU_SUMS, "rocm": GPU_SUMS}
-    return by_platform("sums", platforms, TEXTBOOK.sums, *inputs, smooth=smooth, first_class=first_class)
+    return first_form("sums", platforms, TEXTBOOK.sums, *inputs, smooth=smooth, first_class=first_class)
 
 
 def gradients(*inputs: Any, first_class: Array | int = 0) -> Gradients:
     """`partial_gradients` in the form that suits the platform."""
-    return by_platform("gradients", {"cpu": CPU_GRADIENTS}, TEXTBOOK.gradients, *inputs, first_class=first_class)
+    return first_form("gradients", {"cpu": CPU_GRADIENTS}, TEXTBOOK.gradients, *inputs, first_class=first_class)
 
 
 def read_again(logits: Array) -> Array:
     """The logits, for a pass of its own over them: on a CPU, XLA would store what two passes have in common."""
-    if not enabled:
-        return logits
-    return lax.platform_dependent(logits, cpu=lax.optimization_barrier, default=lambda logits: logits)
+    return by_platform(logits, cpu=lax.optimization_barrier, default=lambda logits: logits)
 
 
-def by_platform(
+def first_form(
     name: str, platforms: Mapping[str, Sequence[Any]], textbook: Callable[..., Any], *inputs: Any, **options: Any
 ) -> Any:
     """The function `name` of the platform's first form that fits these inputs; the textbook's if none does."""
@@ -69,7 +60,7 @@ def by_platform(
     }
     if not functions:
         return textbook(*inputs, **options)
-    return lax.platform_dependent(*inputs, **functions, default=partial(textbook, **options))
+    return by_platform(*inputs, **functions, default=partial(textbook, **options))
 
 
 def run(name: str, forms: Sequence[Any], textbook: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
@@ -78,3 +69,7 @@ def run(name: str, forms: Sequence[Any], textbook: Callable[..., Any], *inputs: 
         if form.fits(*inputs):
             return getattr(form, name)(partial(run, name, forms[place + 1 :], textbook), *inputs, **options)
     return textbook(*inputs, **options)
+
+
+# The functions for sums and gradients, with what each platform does differently in them.
+FORM = Form(sums, gradients)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce._softmax import Sums, Target, Terms, beside, cap_logits, finite, terms
+from jaxce._math.example import Sums, Target, Terms, beside, cap_logits, finite, terms
 
 # Above it, XLA:CPU doesn't unroll the reduction.
 MOST_CLASSES = 16

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce._softmax import Sums, Target, is_index, merge
+from jaxce._math.example import Sums, Target, is_index, merge
 
 # XLA:CPU takes several times as long for the maximum and the sums of a longer row as for those of its slabs.
 LONGEST = 32_768

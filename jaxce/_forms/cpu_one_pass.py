@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce._softmax import Shares, Sums, Target, Terms, beside, cap_logits, class_weight, finite, is_index
+from jaxce._math.example import Shares, Sums, Target, Terms, beside, cap_logits, class_weight, finite, is_index
 
 
 class Inputs(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax import Array, lax
 
-from jaxce._softmax import Gradients
+from jaxce._math.example import Gradients
 
 
 def fits(logits: Array, target: Array, weight: Array | None, softcap: Array | None, *_: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import Array, lax
 
-from jaxce._softmax import Sums, Target, beside, cap_logits, terms
+from jaxce._math.example import Sums, Target, beside, cap_logits, terms
 
 
 def fits(logits: Array, target: Any, weight: Any, softcap: Any, reference: Array | None = None) -> bool:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce._softmax import Shares, Sums, Target, beside, cap_logits, finite, is_index, target_share, terms
+from jaxce._math.example import Shares, Sums, Target, beside, cap_logits, finite, is_index, target_share, terms
 
 
 def fits(

@@ -79,17 +79,29 @@ def checks(devices: Sequence[Any]) -> list[Check]:
     """One for each public function, and for each of its ways to compute; the same data on every machine."""
     # All devices, or as many as share the classes evenly.
     mesh = Mesh(np.array(devices[: math.gcd(len(devices), CLASSES)]), ("classes",), axis_types=(AxisType.Auto,))
-    rng = np.random.default_rng(0)
-    return [*_of_logits(rng, mesh), *_of_projections(rng, mesh)]
+    rng, of_classes = np.random.default_rng(0), PartitionSpec(None, "classes")
+    groups = (
+        (_of_logits(rng), jaxce.OnMesh(mesh=mesh, logits=of_classes)),
+        (_of_projections(rng), jaxce.OnMesh(mesh=mesh, hidden=PartitionSpec(), kernel=of_classes)),
+    )
+    return [check for group, sharding in groups for check in _and_on_a_mesh(group, sharding)]
 
 
-def _of_logits(rng: np.random.Generator, mesh: Mesh) -> Iterator[Check]:
+def _and_on_a_mesh(group: Iterator[Check], sharding: jaxce.OnMesh) -> Iterator[Check]:
+    """The checks, and then each public function again with classes shared out; ways to compute are indented."""
+    alone = list(group)
+    yield from alone
+    for check in alone:
+        if not check.name.startswith(" "):
+            yield check._replace(name=f"{check.name} on a mesh", ours=partial(check.ours, sharding=sharding))
+
+
+def _of_logits(rng: np.random.Generator) -> Iterator[Check]:
     # Of order 3: larger ones saturate the softmax, smaller ones hide it.
     logits, long_rows = 3 * rng.normal(size=(TOKENS, CLASSES)), 3 * rng.normal(size=(4, LONG_ROW))
     log_probs, probabilities = -rng.gamma(7.0, size=(TOKENS, CLASSES)), rng.dirichlet(np.ones(CLASSES), TOKENS)
     weight, sample_weight = rng.uniform(0.5, 2.0, CLASSES), rng.uniform(0.5, 2.0, TOKENS)
     labels = rng.integers(0, CLASSES, TOKENS)
-    on_mesh: dict[str, Any] = {"mesh": mesh, "logits_spec": PartitionSpec(None, "classes")}
 
     def with_options(loss: Function, logits: Array, weight: Array, sample_weight: Array, labels: Array) -> Any:
         options = {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_softcap": 30.0, "where": labels % 5 > 0}
@@ -105,21 +117,14 @@ def _of_logits(rng: np.random.Generator, mesh: Mesh) -> Iterator[Check]:
     yield Check("  with every option", ours, theirs, (logits, weight, sample_weight), (labels,))
     yield Check(f"  of {LONG_ROW:,} classes", jaxce.cross_entropy, mean_loss, (long_rows,), (labels[:4],))
     yield Check("token_log_probs", jaxce.token_log_probs, token_stats, (logits,), (labels,))
-    yield Check(
-        "sharded.cross_entropy", partial(jaxce.sharded.cross_entropy, **on_mesh), mean_loss, (logits,), (labels,)
-    )
-    stats = partial(jaxce.sharded.token_log_probs, **on_mesh)
-    yield Check("sharded.token_log_probs", stats, token_stats, (logits,), (labels,))
 
 
-def _of_projections(rng: np.random.Generator, mesh: Mesh) -> Iterator[Check]:
+def _of_projections(rng: np.random.Generator) -> Iterator[Check]:
     hidden, teacher_hidden = rng.normal(size=(2, TOKENS, FEATURES))
     kernel, teacher_kernel = 3 / math.sqrt(FEATURES) * rng.normal(size=(2, FEATURES, CLASSES))
     arrays, labels = (hidden, kernel), rng.integers(0, CLASSES, TOKENS)
     # Else a GPU or TPU would multiply float32 in fewer bits, here as there.
     exact: dict[str, Any] = {"precision": "highest"}
-    specs = {"hidden_spec": PartitionSpec(), "kernel_spec": PartitionSpec(None, "classes")}
-    on_mesh: dict[str, Any] = {"mesh": mesh, **specs, **exact}
 
     def logits(hidden: Array, kernel: Array) -> Array:
         return jnp.matmul(hidden, kernel, precision="highest")
@@ -141,10 +146,6 @@ def _of_projections(rng: np.random.Generator, mesh: Mesh) -> Iterator[Check]:
     yield Check("linear_token_log_probs", partial(jaxce.linear_token_log_probs, **exact), stats, arrays, (labels,))
     ours = partial(jaxce.linear_distillation_loss, **exact)
     yield Check("linear_distillation_loss", ours, divergence, arrays, (teacher_hidden, teacher_kernel))
-    ours = partial(jaxce.sharded.linear_cross_entropy, **on_mesh)
-    yield Check("sharded.linear_cross_entropy", ours, loss, arrays, (labels,))
-    ours = partial(jaxce.sharded.linear_token_log_probs, **on_mesh)
-    yield Check("sharded.linear_token_log_probs", ours, stats, arrays, (labels,))
 
 
 def dtypes(device: Any) -> list[str]:

@@ -14,8 +14,11 @@ from jax.extend import core
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxce
-from jaxce._loops import auto
-from jaxce._loops.shared import Inputs
+from jaxce._forms import FORM
+from jaxce._math.labels import OfLabels
+from jaxce._projection.chunks import Plan
+from jaxce._projection.inputs import Head, Inputs, Wanted
+from jaxce._projection.loops import auto, loop_for, over_tokens
 from jaxce._report import hlo
 from jaxce._report.devices import GIBI, UsageError, chip_of, memory_of
 
@@ -99,23 +102,32 @@ def contestants(step: Step) -> dict[str, tuple[Loss, str]]:
 
     padded: dict[str, Any] = {} if step.columns == step.classes else {"num_classes": step.classes}
     chosen: list[dict[str, Any]] = [{}, {"strategy": "tokens"}, {"strategy": "classes"}]
-    if step.axes:
-        specs = {"hidden_spec": step.of_tokens, "kernel_spec": step.of_kernel}
-        written = ", ".join(f"{name}=P{tuple(spec)}".replace(",)", ")") for name, spec in specs.items())
-        call = f"jaxce.sharded.linear_cross_entropy(hidden, kernel, labels, {written}"
-        loss: Loss = partial(jaxce.sharded.linear_cross_entropy, **specs, **padded)
-        chosen.append({"kernel_gather": "slabs"})
-    else:
-        call = "jaxce.linear_cross_entropy(hidden, kernel, labels"
-        loss = partial(jaxce.linear_cross_entropy, **padded)
-    real = f"[:, :{step.classes}]" if padded else ""
-    call += "".join(f", {name}={value}" for name, value in padded.items())
-    ours = {}
-    for options in chosen:
-        choice = "".join(f', {name}="{value}"' for name, value in options.items())
-        ours[next(iter(options.values()), "auto")] = partial(loss, **options), f"{call}{choice})"
-    logits = f"(hidden @ kernel){real}" if real else "hidden @ kernel"
+    chosen += [{"kernel_gather": "slabs"}] if step.axes else []
+    ours = {next(iter(options.values()), "auto"): _ours(step, padded | options) for options in chosen}
+    logits = f"(hidden @ kernel)[:, :{step.classes}]" if padded else "hidden @ kernel"
     return {"dense": (dense, f"jaxce.cross_entropy({logits}, labels)"), **ours}
+
+
+def _ours(step: Step, options: dict[str, Any]) -> tuple[Loss, str]:
+    """`linear_cross_entropy` with these options, and how it is called; on a mesh, with how the arrays lie."""
+    given = dict(options)
+    written = [f"{name}={_written(value)}" for name, value in options.items() if name != "kernel_gather"]
+    if step.axes:
+        gather = {"kernel_gather": given.pop("kernel_gather")} if "kernel_gather" in given else {}
+        lie = {"hidden": step.of_tokens, "kernel": step.of_kernel, **gather}
+        given["sharding"] = jaxce.OnMesh(**lie)
+        written.append(
+            f"sharding=jaxce.OnMesh({', '.join(f'{name}={_written(value)}' for name, value in lie.items())})"
+        )
+    call = ", ".join(["hidden", "kernel", "labels", *written])
+    return partial(jaxce.linear_cross_entropy, **given), f"jaxce.linear_cross_entropy({call})"
+
+
+def _written(value: Any) -> str:
+    """An option as one writes it, with P for a PartitionSpec."""
+    if isinstance(value, PartitionSpec):
+        return f"P{tuple(value)}".replace(",)", ")").replace("'", '"')
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 def needs(step: Step) -> Iterator[Needs]:
@@ -183,13 +195,21 @@ def _loop(step: Step) -> str:
 
 
 def picked(platform: str, tokens: int, features: int, classes: int, dtype: str) -> str:
-    """What "auto" picks, in words."""
+    """What "auto" picks for a mean with the gradients of hidden states and kernel, in words."""
     hidden, kernel = jax.ShapeDtypeStruct((tokens, features), dtype), jax.ShapeDtypeStruct((features, classes), dtype)
-    inputs: Any = Inputs(hidden, kernel, *[None] * (len(Inputs._fields) - 2))  # type: ignore[arg-type]
-    loop = auto.loop(platform, inputs, "mean")
-    if loop == "tokens":
-        return f"tokens, {min(tokens, auto.tokens_at_a_time(platform, inputs, classes)):,} at a time"
-    return f"classes, {min(classes, auto.classes_at_a_time(platform, inputs)):,} at a time"
+    plan = Plan(
+        OfLabels(FORM, classes), summed=True, strategy="auto", platform=platform, num_classes=classes, columns=classes
+    )
+    inputs, flags = _of_one_head(hidden, kernel), _of_one_head(True, True)
+    if loop_for(plan, Wanted(flags), inputs) is over_tokens:
+        return f"tokens, {min(tokens, auto.tokens_at_a_time(plan, inputs)):,} at a time"
+    return f"classes, {min(classes, auto.classes_at_a_time(plan, inputs)):,} at a time"
+
+
+def _of_one_head(hidden: Any, kernel: Any) -> Inputs:
+    """These two and nothing else."""
+    head = Head(hidden=hidden, kernel=kernel, bias=None, softcap=None, inverse_temperature=None, transpose_kernel=False)
+    return Inputs(heads=(head,))
 
 
 def matmul_flops(jaxpr: core.Jaxpr) -> float:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, AxisType, get_abstract_mesh
 
-from jaxce._softmax import Form, Gradients, Sums, merge
+from jaxce._math.example import Merging
 
 Tree = TypeVar("Tree")
 Axes: TypeAlias = tuple[str, ...]
@@ -70,35 +70,27 @@ def size_along(axes: Axes) -> int:
     return lax.axis_size(axes) if axes else 1
 
 
-def merge_over(axes: Axes, sums: Sums) -> Sums:
-    """The sums over all classes, from those over each device's."""
-    return merge(sums, partial(lax.pmax, axis_name=axes), partial(lax.psum, axis_name=axes)) if axes else sums
+def merging_over(axes: Axes) -> Merging:
+    """How numbers of each device's classes become those of all classes."""
+    return Merging(
+        largest=partial(lax.pmax, axis_name=axes),
+        total=partial(lax.psum, axis_name=axes),
+        first_largest=partial(first_largest, axes),
+    )
 
 
-def first_largest(axes: Axes, maximum: Array, index: Array, classes: int) -> Array:
-    """The class of the largest logit of all, from each device's largest one and its index among as many classes.
+def first_largest(axes: Axes, maximum: Array, index: Array) -> Array:
+    """The class of the largest logit of all, from each device's largest one and its class.
 
     The first of equal ones, and NaN above all, as in `argmax`.
     """
-    if not axes:
-        return index
-    index = lax.axis_index(axes) * classes + index
     rank = lax.stop_gradient(jnp.where(jnp.isnan(maximum), jnp.inf, maximum))
     return lax.pmin(jnp.where(rank == lax.pmax(rank, axes), index, jnp.iinfo(index.dtype).max), axes)
 
 
-def form_over(axes: Axes, form: Form, classes: int) -> Form:
-    """The sums and gradients of rows of which each device has that many classes."""
-    if not axes:
-        return form
-
-    def sums(*inputs: Any, **options: Any) -> Sums:
-        return merge_over(axes, form.sums(*inputs, first_class=lax.axis_index(axes) * classes, **options))
-
-    def gradients(*inputs: Any) -> Gradients:
-        return form.gradients(*inputs, first_class=lax.axis_index(axes) * classes)
-
-    return Form(sums, gradients)
+def first_class(axes: Axes, classes: int) -> Array | int:
+    """Which of all classes is the first one of this device, where each along these axes has so many."""
+    return lax.axis_index(axes) * classes if axes else 0
 
 
 def own_part(axes: Axes, weight: Array | None, classes: int) -> Array | None:
@@ -106,12 +98,11 @@ def own_part(axes: Axes, weight: Array | None, classes: int) -> Array | None:
     if weight is None:
         return None
     padded = jnp.pad(weight, (0, classes * size_along(axes) - weight.shape[0]))
-    return lax.dynamic_slice_in_dim(padded, lax.axis_index(axes) * classes, classes) if axes else padded
+    return lax.dynamic_slice_in_dim(padded, first_class(axes, classes), classes) if axes else padded
 
 
 def real_part(axes: Axes, classes: int, num_classes: int) -> Array | None:
     """(classes,) False for those of this device that are padding; None if no device has any."""
     if classes * size_along(axes) == num_classes:
         return None
-    first = lax.axis_index(axes) * classes if axes else 0
-    return first + jnp.arange(classes, dtype=jnp.int32) < num_classes
+    return first_class(axes, classes) + jnp.arange(classes, dtype=jnp.int32) < num_classes

@@ -1,4 +1,4 @@
-"""The numbers of one example that every loss is made of, and their one hand-written gradient.
+"""The numbers of one example that every loss of labels is made of, and their one hand-written gradient.
 
 With logits x, their maximum m or a number near it, p = softmax x, a target t (one-hot for a class index) and class
 weights w:
@@ -26,21 +26,24 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 # An integer, the index of the class; or the (C,) probabilities of the classes.
 Target: TypeAlias = Array
+
+# An array with an entry for each example; None where it wasn't asked for.
+Number: TypeAlias = Any
 
 Tree = TypeVar("Tree")
 
 
 class Stats(NamedTuple):
-    """Scalars of one example; `smooth_nll` is 0 where it wasn't asked for."""
+    """Scalars of one example; `smooth_nll` is 0 where it wasn't asked for. As cotangents of them, None is zero."""
 
-    nll: Array
-    smooth_nll: Array
-    log_z: Array
-    entropy: Array
+    nll: Number = None
+    smooth_nll: Number = None
+    log_z: Number = None
+    entropy: Number = None
+    predicted: Number = None  # the class of the largest logit, where it was asked for; not differentiable
 
 
 class Shares(NamedTuple):
@@ -65,6 +68,7 @@ class Sums(NamedTuple):
     maximum: Array
     reference: Array  # m, the maximum or another number that isn't far below it
     total: Terms
+    predicted: Array | None = None  # the class of the largest logit
 
 
 class Normalizer(NamedTuple):
@@ -77,15 +81,6 @@ class Normalizer(NamedTuple):
     smooth_mass: Array
 
 
-class Cotangents(NamedTuple):
-    """Of the numbers of an example; None is zero."""
-
-    nll: Array | None
-    smooth_nll: Array | None = None
-    log_z: Array | None = None
-    entropy: Array | None = None
-
-
 class Gradients(NamedTuple):
     """Of some of the classes, in the dtype of computation; None for what isn't there or isn't differentiated."""
 
@@ -93,7 +88,7 @@ class Gradients(NamedTuple):
     target: Array | None
     weight: Array | None
     softcap: Array | None
-    scale: Array | None = None
+    inverse_temperature: Array | None = None
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -105,11 +100,11 @@ def is_index(target: Target) -> bool:
     return jnp.issubdtype(target.dtype, jnp.integer)
 
 
-def keep(live: Array | None, tree: Tree) -> Tree:
-    """`tree` where the example is live, else zeros: selected, not multiplied, since NaN·0 is NaN."""
-    if live is None:
+def keep(counts_in: Array | None, tree: Tree) -> Tree:
+    """`tree` where the example counts, else zeros: selected, not multiplied, since NaN·0 is NaN."""
+    if counts_in is None:
         return tree
-    return jax.tree.map(lambda leaf: jnp.where(live, leaf, 0), tree)
+    return jax.tree.map(lambda leaf: jnp.where(counts_in, leaf, 0), tree)
 
 
 def cap_logits(logits: Array, softcap: Array | None) -> Array:
@@ -122,9 +117,18 @@ def cap_logits(logits: Array, softcap: Array | None) -> Array:
     return jnp.where(possible, cap * jnp.tanh(jnp.where(possible, x, 0) / cap), -jnp.inf)
 
 
-def scale_logits(logits: Array, softcap: Array | None, scale: Array) -> Array:
-    """cap·tanh(x / cap) / temperature, where `scale` is one over the example's temperature."""
-    return cap_logits(logits, softcap) * scale.astype(compute_dtype(logits.dtype))
+def shape_logits(logits: Array, softcap: Array | None, inverse_temperature: Array | None) -> Array:
+    """cap·tanh(x / cap) / temperature, in the dtype of computation."""
+    x = cap_logits(logits, softcap)
+    return x if inverse_temperature is None else x * inverse_temperature.astype(x.dtype)
+
+
+def shape_and_pull(
+    logits: Array, softcap: Array | None, inverse_temperature: Array | None, counts_in: Array | None
+) -> tuple[Array, Callable[[Array], Any]]:
+    """`shape_logits`, and its gradients, which NaN of what is left out must not reach."""
+    logits = keep(None if counts_in is None else counts_in[None], logits)
+    return jax.vjp(shape_logits, logits, softcap, keep(counts_in, inverse_temperature))
 
 
 def beside(numbers: Tree) -> Tree:
@@ -191,32 +195,41 @@ def partial_sums(
     return Sums(maximum, m, jax.tree.map(lambda row: row.sum(0), rows))
 
 
-def merge(
-    parts: Sums,
-    largest: Callable[[Array], Array] = lambda parts: parts.max(0),
-    total: Callable[[Array], Array] = lambda parts: parts.sum(0),
-) -> Sums:
-    """The sums over all classes, from those over disjoint parts of them, stacked along axis 0.
+class Merging(NamedTuple):
+    """How numbers of disjoint parts of the classes become one: parts along an axis, or on the devices of a mesh."""
 
-    Or from parts that lie elsewhere, as on the devices of a mesh: `largest` and `total` reduce over them.
-    """
-    maximum = largest(parts.maximum)
+    largest: Callable[[Array], Array]
+    total: Callable[[Array], Array]
+    first_largest: Callable[[Array, Array], Array]  # of each part's maximum and its class; NaN above all, as in argmax
+
+
+def first_of_stacked(maximum: Array, index: Array) -> Array:
+    return jnp.take_along_axis(index, jnp.argmax(maximum, 0)[None], 0)[0]
+
+
+STACKED = Merging(lambda parts: parts.max(0), lambda parts: parts.sum(0), first_of_stacked)
+
+
+def merge(parts: Sums, over: Merging = STACKED) -> Sums:
+    """The sums over all classes, from those over disjoint parts of them."""
+    maximum = over.largest(parts.maximum)
     rise = finite(maximum) - parts.reference
-    scale = jnp.where(parts.maximum == -jnp.inf, 0, jnp.exp(-rise))
+    factor = jnp.where(parts.maximum == -jnp.inf, 0, jnp.exp(-rise))
 
     def merge_shares(part: Shares | None) -> Shares | None:
         if part is None:
             return None
-        return Shares(gap=total(part.gap + part.mass * rise), mass=total(part.mass))
+        return Shares(gap=over.total(part.gap + part.mass * rise), mass=over.total(part.mass))
 
     exp, exp_x, target, smooth = parts.total
     merged = Terms(
-        exp=total(scale * exp),
-        exp_x=total(scale * (exp_x - jnp.where(scale == 0, 0, rise) * exp)),
+        exp=over.total(factor * exp),
+        exp_x=over.total(factor * (exp_x - jnp.where(factor == 0, 0, rise) * exp)),
         target=merge_shares(target),
         smooth=merge_shares(smooth),
     )
-    return Sums(maximum, finite(maximum), merged)
+    predicted = None if parts.predicted is None else over.first_largest(parts.maximum, parts.predicted)
+    return Sums(maximum, finite(maximum), merged, predicted)
 
 
 def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:
@@ -234,6 +247,7 @@ def read_stats(sums: Sums, target: Target) -> tuple[Stats, Normalizer]:
         smooth_nll=smooth.gap + smooth.mass * log_sum,
         log_z=m + log_sum,
         entropy=entropy,
+        predicted=sums.predicted,
     )
     return stats, Normalizer(m, total.exp, entropy, mass, smooth.mass)
 
@@ -243,21 +257,21 @@ def partial_gradients(
     target: Target,
     weight: Array | None,
     softcap: Array | None,
-    live: Array | None,
+    counts_in: Array | None,
     normalizer: Normalizer,
-    g: Cotangents,
+    g: Stats,
     *,
     first_class: Array | int = 0,
 ) -> Gradients:
-    """Softmax minus target, for some of the classes; zeros where the example isn't live.
+    """Softmax minus target, for some of the classes; zeros where the example doesn't count.
 
         d nll = p·Σt - t,    d smooth_nll = p·Σw - w,    d log_z = p,    d entropy = -p·(log p + entropy)
 
     and, with respect to the target and to the weights, -log p of what they multiply.
     """
-    live, normalizer, g = beside((live, normalizer, g))
+    counts_in, normalizer, g = beside((counts_in, normalizer, g))
     # What is left out may be NaN, which must not reach the gradient of the cap.
-    x, pull = jax.vjp(cap_logits, logits if softcap is None else keep(live, logits), softcap)
+    x, pull = jax.vjp(cap_logits, logits if softcap is None else keep(counts_in, logits), softcap)
     possible = x != -jnp.inf
     p = jnp.exp(x - normalizer.reference) * (1 / normalizer.exp)
     surprise = jnp.where(possible, jnp.log(normalizer.exp) - (x - normalizer.reference), 0)  # -log p
@@ -274,7 +288,7 @@ def partial_gradients(
         dx += g.log_z * p
     if g.entropy is not None:
         dx += g.entropy * p * (surprise - normalizer.entropy)
-    dx, dtarget, dweight = keep(live, (dx, dtarget, dweight))
+    dx, dtarget, dweight = keep(counts_in, (dx, dtarget, dweight))
     dlogits, dsoftcap = pull(dx)
     return Gradients(
         dlogits,
@@ -294,110 +308,26 @@ class Form(NamedTuple):
 TEXTBOOK = Form(partial_sums, partial_gradients)
 
 
-def scaled_sums(
-    form: Form,
-    logits: Array,
-    target: Target | None,
-    weight: Array | None,
-    softcap: Array | None,
-    scale: Array | None,
-    *reference: Array | None,
-    **options: Any,
-) -> Sums:
-    """The form's sums, at a temperature if `scale` is there."""
-    if scale is not None:
-        logits, softcap = scale_logits(logits, softcap, scale), None
-    return form.sums(logits, target, weight, softcap, *reference, **options)
-
-
-def scaled_gradients(
-    form: Form,
-    logits: Array,
-    target: Target,
-    weight: Array | None,
-    softcap: Array | None,
-    scale: Array | None,
-    live: Array | None,
-    normalizer: Normalizer,
-    g: Cotangents,
-    **options: Any,
-) -> Gradients:
-    """The form's gradients, at a temperature if `scale` is there."""
-    if scale is None:
-        return form.gradients(logits, target, weight, softcap, live, normalizer, g, **options)
-    # What is left out may be NaN, which must not reach the gradient of the cap.
-    logits, scale = keep(None if live is None else live[None], logits), keep(live, scale)
-    x, pull = jax.vjp(scale_logits, logits, softcap, scale)
-    gradients = form.gradients(x, target, weight, None, live, normalizer, g, **options)
-    dlogits, dsoftcap, dscale = pull(gradients.logits)
-    return gradients._replace(logits=dlogits.astype(x.dtype), softcap=dsoftcap, scale=dscale)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def softmax_stats(
-    form: Form,
-    smooth: bool,
-    logits: Array,
-    target: Target,
-    weight: Array | None,
-    softcap: Array | None,
-    scale: Array | None,
-    live: Array | None,
-) -> Stats:
-    """The numbers of one example: (C,) logits, its target, class weights, and whether it counts at all.
-
-    An example left out has zeros for numbers and for gradients, whatever its logits hold.
-    """
-    stats, _ = read_stats(scaled_sums(form, logits, target, weight, softcap, scale, smooth=smooth), target)
-    return keep(live, stats)
-
-
-def _softmax_stats_fwd(form: Form, smooth: bool, *inputs: Any) -> tuple[Stats, tuple[Any, ...]]:
-    logits, target, weight, softcap, scale, live = primal_values(inputs)
-    sums = scaled_sums(form, logits, target, weight, softcap, scale, smooth=smooth)
-    stats, normalizer = read_stats(sums, target)
-    return keep(live, stats), (logits, target, weight, softcap, scale, live, normalizer)
-
-
-def _softmax_stats_bwd(form: Form, smooth: bool, residuals: tuple[Any, ...], g: Stats) -> tuple[Array | None, ...]:
-    *inputs, live, normalizer = residuals
-    gradients = scaled_gradients(form, *inputs, live, normalizer, cotangents_of(g))  # type: ignore[call-arg]
-    return *(d if d is None else d.astype(x.dtype) for d, x in zip(gradients, inputs, strict=True)), None
-
-
-softmax_stats.defvjp(_softmax_stats_fwd, _softmax_stats_bwd, symbolic_zeros=True)
-
-
-def primal_values(tree: Any) -> Any:
-    """The arrays that a forward rule is given with `symbolic_zeros`."""
-    return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
-
-
-def cotangents_of(stats: Stats) -> Cotangents:
-    """The cotangents that a backward rule is given with `symbolic_zeros`."""
-    return Cotangents(*(None if isinstance(g, SymbolicZero) else g for g in stats))
-
-
 @jax.custom_vjp
-def negative_log_prob(log_probs: Array, target: Target, weight: Array | None, live: Array | None) -> Array:
+def negative_log_prob(log_probs: Array, target: Target, weight: Array | None, counts_in: Array | None) -> Array:
     """Σ_c t_c·(-log p_c) of one example; 0 where it is left out."""
-    return _negative_log_prob_fwd(log_probs, target, weight, live)[0]
+    return _negative_log_prob_fwd(log_probs, target, weight, counts_in)[0]
 
 
 def _negative_log_prob_fwd(
-    log_probs: Array, target: Target, weight: Array | None, live: Array | None
+    log_probs: Array, target: Target, weight: Array | None, counts_in: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
     x = cap_logits(log_probs, None)
     t = target_share(target, weight, x, 0)
     nll = jnp.where(t == 0, 0, -t * x).sum(0)
     if is_index(target):
         nll = jnp.where(target < 0, jnp.nan, nll)
-    return keep(live, nll), (log_probs, target, weight, live)
+    return keep(counts_in, nll), (log_probs, target, weight, counts_in)
 
 
 def _negative_log_prob_bwd(residuals: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
-    log_probs, target, weight, live = residuals
-    live, g = beside((live, g))
+    log_probs, target, weight, counts_in = residuals
+    counts_in, g = beside((counts_in, g))
     x = cap_logits(log_probs, None)
     surprise = jnp.where(x == -jnp.inf, 0, -x)
     dx = -g * target_share(target, weight, x, 0)
@@ -405,35 +335,40 @@ def _negative_log_prob_bwd(residuals: tuple[Any, ...], g: Array) -> tuple[Array 
     if is_index(target):
         dx = jnp.where(beside(target < 0), jnp.nan, dx)
     else:
-        dtarget = keep(live, g * surprise * class_weight(weight, x)).astype(target.dtype)
+        dtarget = keep(counts_in, g * surprise * class_weight(weight, x)).astype(target.dtype)
         if weight is not None:
-            dweight = keep(live, g * surprise * target.astype(x.dtype))
+            dweight = keep(counts_in, g * surprise * target.astype(x.dtype))
             dweight = dweight.sum(range(1, x.ndim), keepdims=True).astype(weight.dtype)
-    return keep(live, dx).astype(log_probs.dtype), dtarget, dweight, None
+    return keep(counts_in, dx).astype(log_probs.dtype), dtarget, dweight, None
 
 
 negative_log_prob.defvjp(_negative_log_prob_fwd, _negative_log_prob_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def log_probs(form: Form, logits: Array, where: Array | None) -> Array:
-    """`log_softmax` of one row; -inf for the classes that `where` leaves out."""
-    return _log_probs_fwd(form, logits, where)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def log_probs(form: Form, over: Merging | None, logits: Array, where: Array | None) -> Array:
+    """`log_softmax` of one row, or of a part of it `over` the others; -inf for the classes that `where` leaves out."""
+    return _log_probs_fwd(form, over, logits, where)[0]
 
 
-def _log_probs_fwd(form: Form, logits: Array, where: Array | None) -> tuple[Array, tuple[Array, Array]]:
+def _log_probs_fwd(
+    form: Form, over: Merging | None, logits: Array, where: Array | None
+) -> tuple[Array, tuple[Array, Array]]:
     x = logits if where is None else jnp.where(where, logits, -jnp.inf)
     sums = form.sums(x, None, None, None, smooth=False)
+    if over is not None:
+        sums = merge(sums, over)
     out = (cap_logits(x, None) - beside(sums.maximum)) - beside(jnp.log(sums.total.exp))
     if where is not None:
         out = jnp.where(where, out, -jnp.inf)
     return out, (out, jnp.zeros((), logits.dtype))
 
 
-def _log_probs_bwd(form: Form, residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+def _log_probs_bwd(form: Form, over: Merging | None, residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
     log_p, like = residuals
     g = jnp.where(log_p == -jnp.inf, 0, g)
-    return (g - jnp.exp(log_p) * beside(g.sum(0))).astype(like.dtype), None
+    total = g.sum(0) if over is None else over.total(g.sum(0))
+    return (g - jnp.exp(log_p) * beside(total)).astype(like.dtype), None
 
 
 log_probs.defvjp(_log_probs_fwd, _log_probs_bwd)

@@ -1,12 +1,18 @@
 """`token_log_probs` and `linear_token_log_probs`: what post-training needs of each token."""
 
-from jax import Array, lax
+from jax import lax
 from jax.typing import ArrayLike
 
-from jaxce import _checks
-from jaxce._checks import LossOptions
-from jaxce._linear import Strategy, _linear_cross_entropy
-from jaxce._losses import TokenStats, _cross_entropy
+from jaxce._api.projections import layout_of, projected_arrays
+from jaxce._api.results import Strategy, TokenStats
+from jaxce._arguments.arrays import as_array
+from jaxce._arguments.labels import class_indices
+from jaxce._arguments.options import integer, loss_options, optional_integer, projection_options
+from jaxce._arguments.shapes import class_axis
+from jaxce._calls.of_projections import loss_of_projection
+from jaxce._calls.of_scores import loss_of_logits
+from jaxce._mesh.layout import for_logits, mesh_of
+from jaxce._mesh.sharding import Sharding
 from jaxce._platform import platform_of
 
 
@@ -15,10 +21,12 @@ def token_log_probs(
     labels: ArrayLike,
     *,
     axis: int = -1,
+    num_classes: int | None = None,
     temperature: ArrayLike = 1.0,
     logit_softcap: ArrayLike | None = None,
     ignore_index: int = -100,
     where: ArrayLike | None = None,
+    sharding: Sharding | None = None,
 ) -> TokenStats:
     r"""Log-probability of each label, log Z and entropy of each token's distribution.
 
@@ -33,11 +41,13 @@ def token_log_probs(
       logits: unnormalized log-probabilities; a float array of any shape with the class axis at `axis`.
       labels: class indices, integers of the shape of `logits` without the class axis.
       axis: the class axis.
+      num_classes: how many of the classes are real, all by default. Those behind are padding.
       temperature: divides the logits, after the soft cap; a positive number, or an array of floats, a scalar or of the
         batch shape, differentiable. NaN for a token whose temperature in an array isn't positive.
       logit_softcap: replaces the logits by `cap * tanh(logits / cap)` first.
       ignore_index: a token with this label is left out: 0 in all three numbers, gradient 0. Any integer.
       where: False leaves a token out in the same way; bool, broadcastable to the batch shape.
+      sharding: `OnMesh` of logits on a mesh, or `InShardMap`; by default, as types and arrays tell.
 
     Returns:
       `TokenStats(log_prob, log_z, entropy)` in nats, of the batch shape, float32, or float64 for float64 logits. NaN
@@ -54,9 +64,20 @@ def token_log_probs(
       >>> print(f"{stats.log_prob[0]:.4f} {stats.log_z[0]:.4f} {stats.entropy[0]:.4f}")
       -0.6803 2.1803 1.0202
     """
-    labels, options = token_options(labels, temperature, logit_softcap, ignore_index, where)
-    logits = _checks.as_array("logits", logits)
-    return _cross_entropy(logits, labels, options, axis=_checks.integer("axis", axis), output="tokens")
+    labels, options = loss_options(
+        labels, temperature=temperature, logit_softcap=logit_softcap, ignore_index=ignore_index, where=where
+    )
+    logits, labels = as_array("logits", logits), class_indices(labels)
+    axis = class_axis("logits", logits, integer("axis", axis), labels)
+    return loss_of_logits(
+        logits,
+        labels,
+        options,
+        axis=axis,
+        num_classes=optional_integer("num_classes", num_classes),
+        layout=for_logits(sharding, "logits", logits, labels, axis),
+        output="tokens",
+    )
 
 
 def linear_token_log_probs(
@@ -67,13 +88,14 @@ def linear_token_log_probs(
     bias: ArrayLike | None = None,
     transpose_kernel: bool = False,
     num_classes: int | None = None,
-    chunk_size: int | None = None,
     strategy: Strategy = "auto",
+    chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
     temperature: ArrayLike = 1.0,
     logit_softcap: ArrayLike | None = None,
     ignore_index: int = -100,
     where: ArrayLike | None = None,
+    sharding: Sharding | None = None,
 ) -> TokenStats:
     r"""`token_log_probs` of the logits `hidden @ kernel + bias`, without storing the logits.
 
@@ -98,6 +120,7 @@ def linear_token_log_probs(
       logit_softcap: replaces the logits by `cap * tanh(logits / cap)` first.
       ignore_index: a token with this label is left out: 0 in all three numbers, gradient 0. Any integer.
       where: False leaves a token out in the same way; bool, broadcastable to the batch shape.
+      sharding: `OnMesh` of hidden states and kernel on a mesh, or `InShardMap`; by default, as types and arrays tell.
 
     Returns:
       `TokenStats(log_prob, log_z, entropy)` in nats, of the batch shape, float32, or float64 for float64 inputs. NaN
@@ -115,41 +138,18 @@ def linear_token_log_probs(
       >>> print(f"{stats.log_prob[0]:.4f} {stats.log_z[0]:.4f} {stats.entropy[0]:.4f}")
       -0.6803 2.1803 1.0202
     """
-    labels, options = token_options(labels, temperature, logit_softcap, ignore_index, where)
-    return _linear_cross_entropy(
-        _checks.as_array("hidden", hidden),
-        _checks.as_array("kernel", kernel),
-        _checks.as_optional_array("bias", bias),
-        labels,
-        options,
-        projection=_checks.projection_options(
-            transpose_kernel=transpose_kernel,
-            num_classes=num_classes,
-            chunk_size=chunk_size,
-            strategy=strategy,
-            precision=precision,
-            platform=platform_of((hidden, kernel)),
-        ),
-        output="tokens",
+    labels, options = loss_options(
+        labels, temperature=temperature, logit_softcap=logit_softcap, ignore_index=ignore_index, where=where
     )
-
-
-def token_options(
-    labels: ArrayLike,
-    temperature: ArrayLike,
-    logit_softcap: ArrayLike | None,
-    ignore_index: int,
-    where: ArrayLike | None,
-) -> tuple[Array, LossOptions]:
-    """The labels and options as `jax.jit` takes them; each token has gradients of its own, as with "none"."""
-    labels, options = _checks.loss_options(
-        labels,
-        weight=None,
-        sample_weight=None,
-        ignore_index=ignore_index,
-        where=where,
-        logit_softcap=logit_softcap,
-        temperature=temperature,
-        reduction="none",
+    labels = class_indices(labels)
+    arrays = projected_arrays(hidden=hidden, kernel=kernel, bias=bias)
+    projection = projection_options(
+        transpose_kernel=transpose_kernel,
+        num_classes=num_classes,
+        chunk_size=chunk_size,
+        strategy=strategy,
+        precision=precision,
+        platform=platform_of(arrays, mesh_of(sharding)),
     )
-    return _checks.class_indices(labels), options
+    layout = layout_of(arrays, labels, projection, sharding)
+    return loss_of_projection(arrays, labels, options, projection=projection, layout=layout, output="tokens")
