@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_trees_close, normal, positive
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxce
+from jaxce import InShardMap, OnMesh, _platform
 
 BATCH, CLASSES = (4, 3), 24
 pytestmark = pytest.mark.usefixtures("x64")
@@ -222,6 +223,219 @@ def test_tokens_of_several_devices(reverse):
     count = float(np.prod(BATCH))
     want, gradients = with_gradients(lambda **given: count * textbook(**given, reverse=reverse), arrays)
     assert_trees_close(got, (want, (gradients["hidden"], gradients["kernel"])), 1e-10)
+
+
+# On every layout: the student's and the teacher's hidden states lie alike, their kernels each as they like.
+
+LAYOUTS = {
+    "data": (P("data"), P(), P()),
+    "classes": (P(), P(None, "model"), P(None, "model")),
+    "data and classes": (P("data"), P(None, "model"), P(None, "model")),
+    "FSDP and classes": (P("data"), P("data", "model"), P("data", "model")),
+    "FSDP by classes": (P(("data", "model")), P(None, ("data", "model")), P(None, ("data", "model"))),
+    "another teacher": (P("data"), P("data", "model"), P("model")),
+    "sequences": (P("data", "model"), P("data"), P("model", "data")),
+}
+
+
+def on_layout(features=(8, 12), num_classes=23):
+    """Eight sequences of four tokens; the last of 24 columns is padding, which holds NaN."""
+    d, e = features
+    batch, padding = (8, 4), jnp.arange(CLASSES) >= num_classes
+    arrays = {
+        "hidden": normal((*batch, d), 0, np.float64),
+        "kernel": jnp.where(padding, jnp.nan, normal((d, CLASSES), 1, np.float64)),
+        "bias": normal((CLASSES,), 4, np.float64),
+        "logit_softcap": jnp.asarray(3.0),
+        "sample_weight": positive(batch, 6, np.float64),
+        "temperature": positive(batch, 8, np.float64),
+    }
+    of_teacher = {
+        "teacher_hidden": normal((*batch, e), 2, np.float64),
+        "teacher_kernel": jnp.where(padding, jnp.nan, normal((e, CLASSES), 3, np.float64) / 2),
+        "teacher_bias": normal((CLASSES,), 5, np.float64),
+    }
+    return arrays, of_teacher, {"where": normal(batch, 7) > -1, "num_classes": num_classes}
+
+
+def gradients_of(loss, arrays, **fixed):
+    return jax.value_and_grad(lambda arrays: loss(**arrays, **fixed))(arrays)
+
+
+def of_one_device(arrays, of_teacher, options, **how):
+    """By definition, with every gradient, that of the temperatures included."""
+    real = options["num_classes"]
+
+    def cut(arrays):
+        return {
+            name: array[..., :real] if name.endswith(("kernel", "bias")) else array for name, array in arrays.items()
+        }
+
+    def loss(**arrays):
+        tau = arrays.pop("temperature")
+        given = cut(arrays | of_teacher)
+        of_student = (given["hidden"], given["kernel"], given["bias"], given["logit_softcap"], tau[..., None])
+        student = log_probs(*of_student)
+        teacher = log_probs(*(given[f"teacher_{name}"] for name in ("hidden", "kernel", "bias")), None, tau[..., None])
+        reverse = how.get("reverse", False)
+        losses = tau**2 * (divergence(student, teacher) if reverse else divergence(teacher, student))
+        weight = jnp.where(options["where"], given["sample_weight"], 0)
+        return (losses * weight).sum() / weight.sum()
+
+    return gradients_of(loss, arrays)
+
+
+@both_ways
+@pytest.mark.parametrize("strategy", ["tokens", "classes"])
+@pytest.mark.parametrize("layout", ["data and classes"])
+def test_strategies_on_a_mesh(layout, strategy, reverse):
+    check_layout(layout, AxisType.Auto, strategy=strategy, reverse=reverse)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, axis_type):
+    check_layout(layout, axis_type, strategy="classes", reverse=layout == "sequences")
+
+
+def check_layout(layout, axis_type, kernel_gather="whole", **how):
+    arrays, of_teacher, options = on_layout()
+    of_hidden, of_kernel, of_teacher_kernel = LAYOUTS[layout]
+    want = of_one_device(arrays, of_teacher, options, **how)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    specs = {"hidden": of_hidden, "kernel": of_kernel, "teacher_kernel": of_teacher_kernel}
+    with jax.set_mesh(mesh):
+        lie = OnMesh(kernel_gather=kernel_gather, **(specs if axis_type == AxisType.Auto else {}))
+        loss = partial(jaxce.linear_distillation_loss, chunk_size=5, sharding=lie, **how)
+        placed = {
+            name: jax.device_put(array, NamedSharding(mesh, specs.get(name.replace("teacher_hidden", "hidden"), P())))
+            for name, array in (arrays | of_teacher).items()
+        }
+        student = {name: placed[name] for name in arrays}
+        teacher = {name: placed[name] for name in of_teacher}
+        got = quickly(partial(gradients_of, loss, num_classes=options["num_classes"]))(
+            student, where=options["where"], **teacher
+        )
+    assert_trees_close(got, want, 1e-10)
+    for name in ("hidden", "kernel"):
+        assert got[1][name].sharding.is_equivalent_to(student[name].sharding, student[name].ndim)
+
+
+def test_kernels_gathered_slab_by_slab():
+    check_layout("FSDP and classes", AxisType.Auto, kernel_gather="slabs", strategy="auto", reverse=True)
+
+
+@both_ways
+def test_on_an_automatic_mesh_without_specs(reverse):
+    arrays, of_teacher, options = on_layout()
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        placed = arrays | {"hidden": jax.device_put(arrays["hidden"], NamedSharding(mesh, P("data")))}
+        loss = partial(jaxce.linear_distillation_loss, reverse=reverse, num_classes=options["num_classes"])
+        got = quickly(partial(gradients_of, loss))(placed, where=options["where"], **of_teacher)
+    assert_trees_close(got, of_one_device(arrays, of_teacher, options, reverse=reverse), 1e-10)
+
+
+@both_ways
+def test_classes_of_several_devices_inside_of_a_shard_map(reverse):
+    arrays, of_teacher, options = on_layout()
+    along = {"hidden": P("data"), "kernel": P(None, "model"), "bias": P("model"), "sample_weight": P("data")}
+    along |= {f"teacher_{name}": along[name] for name in ("hidden", "kernel", "bias")}
+    along |= {"temperature": P("data"), "where": P("data"), "logit_softcap": P()}
+
+    def local(given):
+        own = InShardMap(batch_axes="data", class_axes="model")
+        num_classes = options["num_classes"]
+        return jaxce.linear_distillation_loss(**given, reverse=reverse, num_classes=num_classes, sharding=own)
+
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    specs = {name: along[name] for name in (*arrays, *of_teacher, "where")}
+    loss = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())
+    fixed = of_teacher | {"where": options["where"]}
+    got = quickly(partial(gradients_of, lambda **given: loss(given)))(arrays, **fixed)
+    assert_trees_close(got, of_one_device(arrays, of_teacher, options, reverse=reverse), 1e-10)
+
+
+@both_ways
+@pytest.mark.parametrize("how", ["specs", "shard_map"])
+def test_likeliest_classes_of_a_teacher_on_a_mesh(how, reverse):
+    arrays, of_teacher, options = on_layout(num_classes=CLASSES)
+    teacher = log_probs(of_teacher["teacher_hidden"], of_teacher["teacher_kernel"], None, None, 1.0)
+    p, indices = jax.lax.top_k(jnp.exp(teacher), 4)
+    options = {"reverse": reverse, "where": options["where"]}
+    loss = partial(jaxce.linear_distillation_loss, reverse=reverse)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def on_mesh(**given):
+        lie = OnMesh(mesh=mesh, hidden=P("data"), kernel=P("data", "model"))
+        return loss(**given, chunk_size=5, sharding=lie)
+
+    def inside(**given):
+        specs = dict.fromkeys(given, P("data")) | {"kernel": P(None, "model"), "bias": P("model"), "logit_softcap": P()}
+        own = InShardMap(batch_axes="data", class_axes="model")
+        local = jax.shard_map(lambda given: loss(**given, sharding=own), mesh=mesh, in_specs=(specs,), out_specs=P())
+        return local(given)
+
+    fixed = {"teacher_top_k": (indices, p), "where": options["where"]}
+    ours = {"specs": on_mesh, "shard_map": inside}[how]
+    got = quickly(partial(gradients_of, ours))(arrays, **fixed)
+    assert_trees_close(got, quickly(partial(gradients_of, loss))(arrays, **fixed), 1e-10)
+
+
+@pytest.mark.parametrize("hot", [None, 1e3], ids=["plain", "a hot class"])
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@both_ways
+def test_as_on_another_platform(reverse, platform, hot, monkeypatch):
+    """Sums relative to numbers that are known before the logits are, and made again where those are far below."""
+    monkeypatch.setattr(_platform, "pretended", platform)
+    arrays = problem() | everything()
+    if hot is not None:
+        arrays |= {"teacher_logit_softcap": jnp.asarray(1e5), "teacher_bias": arrays["teacher_bias"].at[17].set(hot)}
+    strategy = {"tpu": "classes", "gpu": "tokens"}[platform]
+    loss = partial(jaxce.linear_distillation_loss, strategy=strategy, chunk_size=5, reverse=reverse)
+    got = quickly(partial(with_gradients, loss))(arrays)
+    assert_trees_close(got, with_gradients(textbook, arrays, reverse=reverse), 1e-9)
+
+
+def test_a_temperature_for_each_token_compiles_once(compilations):
+    arrays, of_teacher, _ = on_layout(num_classes=CLASSES)
+    del arrays["temperature"]
+    step = jax.jit(lambda temperature: jaxce.linear_distillation_loss(**arrays, **of_teacher, temperature=temperature))
+    by_number = [float(jaxce.linear_distillation_loss(**arrays, **of_teacher, temperature=t)) for t in (2.0, 3.0)]
+    step(2.0)
+    before = len(compilations)
+    assert [float(step(t)) for t in (2.0, 3.0)] == pytest.approx(by_number)
+    by_array = jaxce.linear_distillation_loss(**arrays, **of_teacher, temperature=jnp.asarray(2.5))
+    assert by_number[0] != pytest.approx(by_number[1])
+    again = len(compilations)
+    jaxce.linear_distillation_loss(**arrays, **of_teacher, temperature=4.0)
+    jaxce.linear_distillation_loss(**arrays, **of_teacher, temperature=jnp.asarray(3.5))
+    assert len(compilations) == again
+    assert again - before <= 2  # of an array, for the first time
+    assert jnp.isfinite(by_array)
+
+
+def test_a_frozen_student_head_and_a_learned_temperature():
+    arrays, of_teacher, options = on_layout(num_classes=CLASSES)
+    _, want = of_one_device(arrays, of_teacher, options)
+    fixed = {name: array for name, array in arrays.items() if name != "temperature"}
+    for strategy in ("auto", "classes"):
+        loss = partial(jaxce.linear_distillation_loss, **fixed, **of_teacher, **options, strategy=strategy)
+        got = quickly(jax.grad(lambda temperature, loss=loss: loss(temperature=temperature)))(arrays["temperature"])
+        assert_close(got, want["temperature"], 1e-10)
+
+
+def test_large_logits_lose_no_digits():
+    """Logits of both models that are multiples of 1/16, exact in float32 at an offset of 1e5, too."""
+    arrays = {name: jnp.round(array * 4).astype(jnp.float32) / 4 for name, array in problem().items()}
+    offset = jnp.full(CLASSES, 1e5, jnp.float32)
+    for how in ({}, {"reverse": True}):
+        want, of_arrays = with_gradients(jaxce.linear_distillation_loss, arrays, **how)
+        got, of_same = with_gradients(
+            jaxce.linear_distillation_loss, arrays | {"bias": offset, "teacher_bias": offset}, **how
+        )
+        assert_close(got, want, 1e-5)
+        assert_close(of_same["kernel"], of_arrays["kernel"], 1e-5)
 
 
 def test_no_gradient_for_the_teacher():

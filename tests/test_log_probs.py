@@ -138,6 +138,46 @@ def test_a_batch_is_vmap_is_a_loop(x64):
             assert abs(number - whole[place]) < 1e-12
 
 
+# Of the losses too, a temperature divides the logits after the soft cap.
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("loss", ["dense", "tokens", "classes"])
+def test_temperature_of_a_loss(loss, label_smoothing, x64):
+    hidden, kernel, labels = problem()
+    floats = {"hidden": hidden, "kernel": kernel, "temperature": positive(labels.shape, 3, np.float64)}
+    options = {"label_smoothing": label_smoothing, "z_loss": 0.1}
+
+    def want(hidden, kernel, temperature):
+        x = 3.0 * jnp.tanh(hidden @ kernel / 3.0) / temperature[..., None]
+        return jaxce.reference.cross_entropy(x, labels, **options)
+
+    def ours(hidden, kernel, temperature):
+        how = {"temperature": temperature, "logit_softcap": 3.0, **options}
+        if loss == "dense":
+            return jaxce.cross_entropy(hidden @ kernel, labels, **how)
+        return jaxce.linear_cross_entropy(hidden, kernel, labels, strategy=loss, chunk_size=5, **how)
+
+    got, expected = (
+        quickly(jax.value_and_grad(lambda floats, each=each: each(**floats)))(floats) for each in (ours, want)
+    )
+    assert_trees_close(got, expected, 1e-10)
+
+
+@pytest.mark.parametrize("function", [jaxce.cross_entropy, jaxce.token_log_probs], ids=["loss", "log-probabilities"])
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_padding_of_logits_counts_for_nothing(function, axis, x64):
+    logits, labels = normal((5, 7), 0, np.float64), indices((5,), 7)
+    padded = jnp.moveaxis(jnp.pad(logits, [(0, 0), (0, 2)], constant_values=jnp.nan), -1, axis)
+
+    def gradient(logits, **how):
+        return jax.grad(lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(function(x, labels, **how))))(logits)
+
+    got = jnp.moveaxis(gradient(padded, axis=axis, num_classes=7), axis, -1)
+    assert_close(got[:, :7], gradient(logits))
+    assert not got[:, 7:].any()
+
+
 # On a mesh.
 
 

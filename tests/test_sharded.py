@@ -422,3 +422,86 @@ def test_second_derivatives_and_vmap(strategy):
     for function in (product, each):
         got, want = (quickly(partial(function, loss))() for loss in (ours, jaxce.linear_cross_entropy))
         assert_close(got, want, 1e-10)
+
+
+# The other functions of logits, and what the losses share with log-probabilities.
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("spec", [P("data", "model"), P(None, ("model", "data"))])
+@AXIS_TYPES
+def test_nll_loss_of_sharded_classes(axis_type, spec, reduction):
+    log_probs = jax.nn.log_softmax(normal((8, COLUMNS), 0, np.float64))
+    labels = indices((8,), COLUMNS).at[2].set(-100)
+    options = {"weight": positive((COLUMNS,), 3, np.float64), "sample_weight": positive((8,), 4, np.float64)}
+
+    def gradients(log_probs, options, **how):
+        loss = partial(jaxce.nll_loss, labels=labels, reduction=reduction, **how)
+        value, pull = jax.vjp(lambda x, o: loss(x, **o), log_probs, options)
+        return value, pull(positive(value.shape, 7, value.dtype))
+
+    want = gradients(log_probs, options)
+    mesh = mesh_of(axis_type)
+    with jax.set_mesh(mesh):
+        placed = place(mesh, log_probs, spec)
+        lie = OnMesh() if axis_type == AxisType.Explicit else OnMesh(logits=spec)
+        got = quickly(partial(gradients, sharding=lie))(placed, options)
+    assert_trees_close(got, want)
+    assert got[1][0].sharding.is_equivalent_to(placed.sharding, 2)
+
+
+def test_nll_loss_of_probabilities_and_bad_labels_on_a_mesh():
+    log_probs = jax.nn.log_softmax(normal((8, COLUMNS), 0, np.float64))
+    labels = distributions((8, COLUMNS), dtype=np.float64)
+    lie = OnMesh(mesh=mesh_of(AxisType.Auto), logits=P("data", "model"))
+    got, want = (jax.grad(partial(jaxce.nll_loss, **how), (0, 1))(log_probs, labels) for how in ({"sharding": lie}, {}))
+    assert_trees_close(got, want)
+    for bad in (-1, COLUMNS):
+        losses = jaxce.nll_loss(log_probs, jnp.arange(8).at[3].set(bad), reduction="none", sharding=lie)
+        assert jnp.isnan(losses).tolist() == [row == 3 for row in range(8)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("spec", "axis"), [(P("data", "model"), 1), (P("model", "data"), 0)])
+@AXIS_TYPES
+def test_log_softmax_of_sharded_classes(axis_type, spec, axis, masked):
+    logits = normal((8, COLUMNS), 0, np.float64)
+    where = normal((8, COLUMNS), 1) > -1 if masked else None
+
+    def gradients(logits, **how):
+        value, pull = jax.vjp(lambda x: jaxce.log_softmax(x, axis, where=where, **how), logits)
+        return jnp.exp(value), pull(normal(value.shape, 7, value.dtype))
+
+    mesh = mesh_of(axis_type)
+    with jax.set_mesh(mesh):
+        placed = place(mesh, logits, spec)
+        lie = OnMesh() if axis_type == AxisType.Explicit else OnMesh(logits=spec)
+        got = quickly(partial(gradients, sharding=lie))(placed)
+    assert_trees_close(got, gradients(logits))
+    assert all(array.sharding.is_equivalent_to(placed.sharding, 2) for array in jax.tree.leaves(got))
+
+
+def test_scores_inside_of_a_shard_map():
+    logits, labels = normal((8, COLUMNS), 0, np.float64), indices((8,), COLUMNS)
+
+    def local(logits, labels):
+        own = InShardMap(batch_axes="data", class_axes="model")
+        return jaxce.nll_loss(jaxce.log_softmax(logits, sharding=own), labels, sharding=own)
+
+    loss = jax.shard_map(local, mesh=mesh_of(AxisType.Auto), in_specs=(P("data", "model"), P("data")), out_specs=P())
+    got = jax.jit(jax.value_and_grad(loss))(logits, labels)
+    assert_trees_close(got, jax.value_and_grad(jaxce.cross_entropy)(logits, labels))
+
+
+def test_concrete_arrays_tell_a_plain_call():
+    """Outside of `jax.jit`, arrays on a mesh with automatic axes are enough; where they don't fit, XLA places them."""
+    mesh = mesh_of(AxisType.Auto)
+    logits, labels = normal((8, COLUMNS), 0, np.float64), indices((8,), COLUMNS)
+    placed = place(mesh, logits, P("data", "model"))
+    assert_close(jaxce.cross_entropy(placed, labels), jaxce.cross_entropy(logits, labels))
+    hidden, kernel, labels = problem()
+    want = jaxce.linear_cross_entropy(hidden, kernel, labels)
+    for of_hidden, of_kernel in [(P("data"), P("data", "model")), (P(None, None, "model"), P()), (P("data"), P())]:
+        arrays = place(mesh, hidden, of_hidden), place(mesh, kernel, of_kernel)
+        assert_close(jaxce.linear_cross_entropy(*arrays, labels), want)
+    assert_close(jaxce.linear_cross_entropy(place(mesh, hidden, P("data")), kernel, labels), want)

@@ -120,7 +120,11 @@ def cap_logits(logits: Array, softcap: Array | None) -> Array:
 def shape_logits(logits: Array, softcap: Array | None, inverse_temperature: Array | None) -> Array:
     """cap·tanh(x / cap) / temperature, in the dtype of computation."""
     x = cap_logits(logits, softcap)
-    return x if inverse_temperature is None else x * inverse_temperature.astype(x.dtype)
+    if inverse_temperature is None:
+        return x
+    # An impossible class stays impossible, and has no share in the gradient of the temperature.
+    possible = x != -jnp.inf
+    return jnp.where(possible, jnp.where(possible, x, 0) * inverse_temperature.astype(x.dtype), -jnp.inf)
 
 
 def shape_and_pull(

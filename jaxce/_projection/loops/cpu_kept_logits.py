@@ -5,16 +5,28 @@ them there, and the backward pass makes only those of the other N - D tokens aga
 4 - D/N for more, and no memory of its own.
 """
 
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce._math.quantity import Sums
+from jaxce._mesh.layout import TOKENS
 from jaxce._projection.chunks import Numbers, Plan, cut_slab, read, scan_chunks, sums_of
-from jaxce._projection.inputs import Head, Inputs, Wanted, add, without_left_out
+from jaxce._projection.inputs import (
+    Head,
+    Inputs,
+    Wanted,
+    add,
+    cut,
+    join,
+    split_by,
+    take_tokens,
+    without_left_out,
+)
 from jaxce._projection.loops import over_classes
 from jaxce._projection.loops.over_classes import chunk_size, evaluate
 
@@ -45,25 +57,53 @@ def forward(plan: Plan, wanted: Wanted, inputs: Inputs) -> tuple[Numbers, Any]:
     return numbers, (wanted, inputs, whole_rows, kept)
 
 
+class Part(NamedTuple):
+    """Some of the tokens, and what their gradients need; those whose logits were kept are a part of their own."""
+
+    inputs: Inputs
+    whole_rows: Any
+    cotangents: Any
+
+
+def split_tokens(whole: Part, first: int) -> list[Part]:
+    """The first tokens and the others, if there are both."""
+    tokens = whole.inputs.tokens
+    spans = pairwise([0, first, tokens] if 0 < first < tokens else [0, tokens])
+    return [
+        Part(
+            cut(whole.inputs, TOKENS, start, end - start),
+            *take_tokens((whole.whole_rows, whole.cotangents), start, end - start),
+        )
+        for start, end in spans
+    ]
+
+
 def backward(plan: Plan, residuals: Any, cotangents: Any, factor: Array | float = 1.0) -> Inputs:
     """The gradients for any cotangents of the numbers, times a factor."""
     wanted, inputs, whole_rows, kept = residuals
-    clean = without_left_out(inputs)
-    tokens, first = inputs.tokens, tokens_kept(inputs.heads[0])
+    head = inputs.heads[0]
+    parts = split_tokens(Part(without_left_out(inputs), whole_rows, cotangents), tokens_kept(head))
 
-    def step(gradients: Inputs, start: Array | int, size: int) -> tuple[Inputs, None]:
-        slab = cut_slab(plan, clean, start, size)
-        of_block = partial(over_classes.add_block, plan, wanted, slab, (whole_rows, cotangents), start, factor)
-        logits = kept_logits(slab.heads[0], gradients.heads[0].kernel, start, size)
-        share, gradients = of_block(gradients, 0, first, (logits,))
-        if first < tokens:
-            more, gradients = of_block(gradients, first, tokens - first)
-            share = add(share, more)
-        return over_classes.finish_slab(slab, gradients, share, start, factor), None
+    def step(carry: tuple[Inputs, list[Inputs]], start: Array | int, size: int) -> tuple[Any, None]:
+        gradients, of_tokens = carry
+        logits = kept_logits(head, gradients.heads[0].kernel, start, size)
+        shares, found = [], []
+        for place, (part, own) in enumerate(zip(parts, of_tokens, strict=True)):
+            slab, numbers = cut_slab(plan, part.inputs, start, size), (part.whole_rows, part.cotangents)
+            of_block = partial(over_classes.add_block, plan, wanted, slab, numbers, start, factor)
+            share, own_and_others = of_block(join(own, gradients), 0, slab.tokens, None if place else (logits,))
+            shares.append(share)
+            found.append(split_by(TOKENS, slab, own_and_others)[0])
+        return (over_classes.finish_slab(slab, gradients, reduce(add, shares), start, factor), found), None
 
-    start = over_classes.start_gradients(plan, wanted, inputs, kept)
-    gradients, _ = scan_chunks(step, start, plan.columns, chunk_size(plan, inputs))
-    return over_classes.finish_sums(inputs, gradients, factor)
+    _, gradients = split_by(TOKENS, inputs, over_classes.start_gradients(plan, wanted, inputs, kept))
+    of_tokens = [
+        split_by(TOKENS, part.inputs, over_classes.start_gradients(plan, wanted, part.inputs, kept))[0]
+        for part in parts
+    ]
+    (gradients, of_tokens), _ = scan_chunks(step, (gradients, of_tokens), plan.columns, chunk_size(plan, inputs))
+    together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_tokens)
+    return over_classes.finish_sums(inputs, join(together, gradients), factor)
 
 
 def tokens_kept(head: Head) -> int:
