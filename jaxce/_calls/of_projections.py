@@ -224,7 +224,7 @@ def loss_of_pair(task: Task, reduction: str, inputs: Inputs, per_token: tuple[Ar
 
 def divergence_weights(found: OfDevice) -> tuple[ExampleWeights, ExampleWeights]:
     """The weights of the tokens that a mean divides by; and those times the temperature squared."""
-    sample, squared = found.others[0]
+    sample, squared = found.of_loss[0]
     counts_in, dtype = found.inputs.counts_in, found.inputs.dtype
     sample = None if sample is None else keep(counts_in, sample.astype(dtype))
     weight = sample if squared is None else times(sample, keep(counts_in, squared.astype(dtype)))
@@ -243,7 +243,7 @@ def loss_of_top_k(
     found = of_device(task, inputs, per_token, probabilities)
     indices, counts_in = found.inputs.chosen, found.inputs.counts_in
     chosen = numbers_of_tokens(found.plan, found.inputs)
-    p = found.others[1].reshape(indices.shape).astype(chosen.logits.dtype)
+    p = found.of_loss[1].reshape(indices.shape).astype(chosen.logits.dtype)
     rest = 1 - p.sum(1, keepdims=True)
     # What rounding alone may have left is nothing.
     rest = jnp.where(rest > p.shape[1] * jnp.finfo(p.dtype).eps, rest, 0)

@@ -1,7 +1,8 @@
 """Sums on a CPU that store nothing: XLA:CPU adds up in one pass what arithmetic alone makes of the logits.
 
-It stores an array of their size wherever a comparison or a select has a part in that, or a second sum uses something of
-it, be it a scalar. So here each sum has its inputs to itself, behind a barrier, and a 1 of its own to make scalars of.
+XLA:CPU fuses a sum into one pass only if what it adds up is plain arithmetic that no other sum uses, not even a
+scalar. So masks are minima and maxima, each sum reads inputs of its own behind a barrier, and constants come from a
+`one` behind it.
 """
 
 from collections.abc import Callable
@@ -108,9 +109,9 @@ def sums(
 def shares_of_label(logits: Array, index: Array, softcap: Array | None, m: Array) -> Shares:
     """The label's share, of a single class or of none of these."""
     inside = (index >= 0) & (index < logits.shape[0])
-    near = jnp.clip(index, 0, logits.shape[0] - 1)
+    clipped = jnp.clip(index, 0, logits.shape[0] - 1)
     if logits.ndim == 1:
-        logit = lax.dynamic_index_in_dim(logits, near, keepdims=False)
+        logit = lax.dynamic_index_in_dim(logits, clipped, keepdims=False)
     else:
-        logit = jnp.take_along_axis(logits, near[None], 0)[0]
+        logit = jnp.take_along_axis(logits, clipped[None], 0)[0]
     return Shares(jnp.where(inside, m - cap_logits(logit, softcap), 0), inside.astype(m.dtype))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce._math.example import STACKED, Merging, beside, finite, keep, shape_and_pull, shape_logits
+from jaxce._math.example import STACKED, Merging, beside, final_logits, final_logits_and_pull, finite, keep
 from jaxce._math.quantity import Example
 
 
@@ -43,7 +43,7 @@ class OfChosen:
     def sums(self, example: Example, reference: Any = None, *, first_class: Array | int = 0) -> Sums:
         """Over some of the classes."""
         (logits,), (softcap,), (inverse_temperature,) = example[:3]
-        x = shape_logits(logits, softcap, inverse_temperature)
+        x = final_logits(logits, softcap, inverse_temperature)
         place = places(example, x, first_class)
         rest = without(x, place, -jnp.inf)
         maximum = lax.stop_gradient(rest.max(0))
@@ -71,7 +71,7 @@ class OfChosen:
     ) -> Example:
         """Of the chosen their own; of the others their shares in the sum."""
         (logits,), (softcap,), (inverse_temperature,) = example[:3]
-        x, pull = shape_and_pull(logits, softcap, inverse_temperature, example.counts_in)
+        x, pull = final_logits_and_pull(logits, softcap, inverse_temperature, example.counts_in)
         m, exp = beside((whole_row.reference, whole_row.total.exp))
         place = places(example, x, first_class)
         dx = jnp.zeros_like(x)

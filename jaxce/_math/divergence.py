@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce._math.composition import ExampleWeights, times
-from jaxce._math.example import STACKED, Merging, beside, finite, keep, shape_and_pull, shape_logits
+from jaxce._math.example import STACKED, Merging, beside, final_logits, final_logits_and_pull, finite, keep
 from jaxce._math.quantity import Example
 
 
@@ -66,7 +66,7 @@ class OfTwo:
 
     def sums(self, example: Example, reference: Any = None, *, first_class: Array | int = 0) -> Sums:
         """Over some of the classes."""
-        x, u = self.pair(*map(shape_logits, *example[:3]))
+        x, u = self.pair(*map(final_logits, *example[:3]))
         maximum = OfPair(*(lax.stop_gradient(logits.max(0)) for logits in (x, u)))
         m = OfPair(*map(finite, maximum)) if reference is None else reference
         a, b = x - beside(m.x), u - beside(m.u)
@@ -102,7 +102,7 @@ class OfTwo:
         """
         pulls, shaped = [], []
         for of_head in zip(*example[:3], strict=True):
-            x, pull = shape_and_pull(*of_head, example.counts_in)
+            x, pull = final_logits_and_pull(*of_head, example.counts_in)
             shaped.append(x)
             pulls.append(pull)
         m, exp, divergence = beside(whole_row)

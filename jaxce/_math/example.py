@@ -88,7 +88,6 @@ class Gradients(NamedTuple):
     target: Array | None
     weight: Array | None
     softcap: Array | None
-    inverse_temperature: Array | None = None
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -117,7 +116,7 @@ def cap_logits(logits: Array, softcap: Array | None) -> Array:
     return jnp.where(possible, cap * jnp.tanh(jnp.where(possible, x, 0) / cap), -jnp.inf)
 
 
-def shape_logits(logits: Array, softcap: Array | None, inverse_temperature: Array | None) -> Array:
+def final_logits(logits: Array, softcap: Array | None, inverse_temperature: Array | None) -> Array:
     """cap·tanh(x / cap) / temperature, in the dtype of computation."""
     x = cap_logits(logits, softcap)
     if inverse_temperature is None:
@@ -127,12 +126,12 @@ def shape_logits(logits: Array, softcap: Array | None, inverse_temperature: Arra
     return jnp.where(possible, jnp.where(possible, x, 0) * inverse_temperature.astype(x.dtype), -jnp.inf)
 
 
-def shape_and_pull(
+def final_logits_and_pull(
     logits: Array, softcap: Array | None, inverse_temperature: Array | None, counts_in: Array | None
 ) -> tuple[Array, Callable[[Array], Any]]:
-    """`shape_logits`, and its gradients, which NaN of what is left out must not reach."""
+    """`final_logits`, and its gradients, which NaN of what is left out must not reach."""
     logits = keep(None if counts_in is None else counts_in[None], logits)
-    return jax.vjp(shape_logits, logits, softcap, keep(counts_in, inverse_temperature))
+    return jax.vjp(final_logits, logits, softcap, keep(counts_in, inverse_temperature))
 
 
 def beside(numbers: Tree) -> Tree:

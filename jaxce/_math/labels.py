@@ -14,12 +14,12 @@ from jaxce._math.example import (
     Normalizer,
     Stats,
     Sums,
+    final_logits,
+    final_logits_and_pull,
     is_index,
     keep,
     merge,
     read_stats,
-    shape_and_pull,
-    shape_logits,
 )
 from jaxce._math.quantity import Example
 
@@ -42,7 +42,7 @@ class OfLabels:
         (logits,), (softcap,), (inverse_temperature,) = example[:3]
         x = logits
         if inverse_temperature is not None:
-            x, softcap = shape_logits(logits, softcap, inverse_temperature), None
+            x, softcap = final_logits(logits, softcap, inverse_temperature), None
         of_label = example.target, example.class_weight
         sums = self.form.sums(x, *of_label, softcap, reference, smooth=self.smooth, first_class=first_class)
         if self.predict:
@@ -68,7 +68,7 @@ class OfLabels:
             found = self.form.gradients(logits, target, weight, softcap, *numbers, first_class=first_class)
             of_logits, of_cap, of_temperature = found.logits, found.softcap, None
         else:
-            x, pull = shape_and_pull(logits, softcap, inverse_temperature, counts_in)
+            x, pull = final_logits_and_pull(logits, softcap, inverse_temperature, counts_in)
             found = self.form.gradients(x, target, weight, None, *numbers, first_class=first_class)
             of_logits, of_cap, of_temperature = pull(found.logits)
             of_logits = of_logits.astype(x.dtype)

@@ -56,11 +56,11 @@ class OnMesh:
     kernel_gather: KernelGather = "whole"
 
     def __post_init__(self) -> None:
-        if not (self.mesh is None or isinstance(self.mesh, Mesh | AbstractMesh)):
+        if not isinstance(self.mesh, Mesh | AbstractMesh | None):
             raise TypeError(f"mesh must be a jax.sharding.Mesh, or None; got {type(self.mesh).__name__}: {self.mesh!r}")
         for name in ("logits", "hidden", "kernel", "teacher_kernel"):
             spec = getattr(self, name)
-            if not (spec is None or isinstance(spec, PartitionSpec)):
+            if not isinstance(spec, PartitionSpec | None):
                 raise TypeError(
                     f"{name} must be a jax.sharding.PartitionSpec, or None; got {type(spec).__name__}: {spec!r}"
                 )

@@ -31,7 +31,7 @@ class OfDevice(NamedTuple):
 
     plan: Plan
     inputs: Inputs  # with one axis of tokens
-    others: Any
+    of_loss: Any  # what else the losses are made of
     batch: tuple[int, ...]
 
 
@@ -47,8 +47,8 @@ def specs_of(layout: Layout, inputs: Inputs) -> Inputs:
     return of_others._replace(heads=heads, class_weight=PartitionSpec(), real=PartitionSpec())
 
 
-def of_device(task: Task, inputs: Inputs, per_token: Any, others: Any) -> OfDevice:
-    """The plan and the arguments of a loop; `per_token` and `others` are what else the losses are made of."""
+def of_device(task: Task, inputs: Inputs, per_token: Any, of_loss: Any) -> OfDevice:
+    """The plan and the arguments of a loop; `per_token` and `of_loss` are what else the losses are made of."""
     layout = task.layout
     inputs = gathered(layout, inputs)
     batch = inputs.heads[0].hidden.shape[:-1]
@@ -67,7 +67,7 @@ def of_device(task: Task, inputs: Inputs, per_token: Any, others: Any) -> OfDevi
         token_groups=layout.token_groups(inputs.tokens),
         gathers_slabs=gathers_slabs,
     )
-    return OfDevice(plan, *spread(plan, inputs, (per_token, others)), batch)
+    return OfDevice(plan, *spread(plan, inputs, (per_token, of_loss)), batch)
 
 
 def gathered(layout: Layout, inputs: Inputs) -> Inputs:
@@ -85,12 +85,12 @@ def gathered(layout: Layout, inputs: Inputs) -> Inputs:
     return inputs._replace(heads=tuple(map(gather, inputs.heads, layout.kernels)))
 
 
-def spread(plan: Plan, inputs: Inputs, others: Any) -> tuple[Inputs, Any]:
+def spread(plan: Plan, inputs: Inputs, of_loss: Any) -> tuple[Inputs, Any]:
     """Tells `shard_map` what differs between devices, and takes each device's own part of what is of classes.
 
     What enters a sum over classes varies over all axes; indices, masks and weights are the same along the class axes.
     """
-    axes = axes_of((inputs, others))
+    axes = axes_of((inputs, of_loss))
     along_tokens = axes - set(plan.class_axes)
     table = axes_of_inputs(inputs)
 
@@ -104,7 +104,7 @@ def spread(plan: Plan, inputs: Inputs, others: Any) -> tuple[Inputs, Any]:
         heads=vary_over(inputs.heads, axes),
         class_weight=own_part(plan.class_axes, of_tokens.class_weight, plan.columns),
         real=real_part(plan.class_axes, plan.columns, plan.num_classes),
-    ), vary_over(others, along_tokens)
+    ), vary_over(of_loss, along_tokens)
 
 
 def with_batch(found: OfDevice, per_token: Any) -> Any:

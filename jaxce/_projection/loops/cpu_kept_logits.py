@@ -5,6 +5,7 @@ them there, and the backward pass makes only those of the other N - D tokens aga
 4 - D/N for more, and no memory of its own.
 """
 
+import dataclasses
 from functools import partial, reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -96,10 +97,10 @@ def backward(plan: Plan, residuals: Any, cotangents: Any, factor: Array | float 
             found.append(split_by(TOKENS, slab, own_and_others)[0])
         return (over_classes.finish_slab(slab, gradients, reduce(add, shares), start, factor), found), None
 
-    _, gradients = split_by(TOKENS, inputs, over_classes.start_gradients(plan, wanted, inputs, kept))
+    _, gradients = split_by(TOKENS, inputs, over_classes.start_gradients(plan, wanted, inputs))
+    gradients = gradients._replace(heads=(dataclasses.replace(gradients.heads[0], kernel=kept),))
     of_tokens = [
-        split_by(TOKENS, part.inputs, over_classes.start_gradients(plan, wanted, part.inputs, kept))[0]
-        for part in parts
+        split_by(TOKENS, part.inputs, over_classes.start_gradients(plan, wanted, part.inputs))[0] for part in parts
     ]
     (gradients, of_tokens), _ = scan_chunks(step, (gradients, of_tokens), plan.columns, chunk_size(plan, inputs))
     together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_tokens)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce._math.quantity import Leaf, Sums, rounded
+from jaxce._math.quantity import Sums, rounded
 from jaxce._mesh.devices import vary_alike
 from jaxce._mesh.layout import CLASSES, TOKENS
 from jaxce._projection.chunks import (
@@ -119,25 +119,14 @@ def backward(plan: Plan, residuals: Any, cotangents: Any, factor: Array | float 
     return finish_sums(inputs, gradients, factor)
 
 
-def start_gradients(plan: Plan, wanted: Wanted, inputs: Inputs, kernel: Array | None = None) -> Inputs:
-    """What the slabs write to, or add to; a kernel's gradient may be given."""
+def start_gradients(plan: Plan, wanted: Wanted, inputs: Inputs) -> Inputs:
+    """What the slabs write to where a gradient has classes, and add to where it has none."""
     own = inputs.with_heads(lambda head: dataclasses.replace(head, kernel=head.own_features(head.kernel)))
-    flags = wanted.of(own)
-    of_classes, of_others = split_by(CLASSES, own, flags)
-    if kernel is not None:
-        of_classes = with_kernel(of_classes, None)
+    of_classes, of_others = split_by(CLASSES, own, wanted.of(own))
     written = by_axes(
         lambda axes, array, flag: None if flag is None else to_be_written(plan, axes, array), own, of_classes
     )
-    if kernel is not None:
-        written = with_kernel(written, kernel)
     return join(written, zero_sums(inputs, of_others))
-
-
-def with_kernel(gradients: Inputs, kernel: Leaf) -> Inputs:
-    """The gradients with that for the first kernel's."""
-    first, *others = gradients.heads
-    return gradients._replace(heads=(dataclasses.replace(first, kernel=kernel), *others))
 
 
 def to_be_written(plan: Plan, axes: list[str], array: Array) -> Array:

@@ -18,7 +18,7 @@ PLATFORMS = ("tpu",)
 
 
 def sums_of_slab(plan: Plan, inputs: Inputs, start: Array | int, size: int, reference: Any) -> Sums:
-    """The sums over so many classes from `start`; near `reference`, if it may be."""
+    """The sums over so many classes from `start`; relative to `reference`, if they may be."""
     start = jnp.asarray(start, jnp.int32)
     if plan.gathers_slabs:
         # Before the question whether to make them again, which other devices may answer otherwise.
