@@ -145,7 +145,7 @@ BUGS = [
     Bug("mesh: the mean over a device's examples", COMPOSE, "losses.size * size_along(axes)", "losses.size", SHARDED),
     Bug("mesh: the kernel's gradient of one device", INPUTS, "lax.psum_scatter(gradient, self.feature_axes", "lax.psum_scatter(gradient / size_along(self.feature_axes), self.feature_axes", SHARDED),
     Bug("mesh: the kernel's features in another order", INPUTS, "kernel = lax.all_gather(self.kernel, self.feature_axes, axis=axis, tiled=True)", "kernel = lax.rev(lax.all_gather(self.kernel, self.feature_axes, axis=axis, tiled=True), (axis,))", SHARDED),
-    Bug("mesh: the kernel's gradient isn't scattered", TOKENS, "kernel=head.scatter_features(head.kernel)", "kernel=head.own_features(head.kernel)", SHARDED),
+    Bug("mesh: the kernel's gradient isn't scattered", TOKENS, "return scatter_kernels(rounded(gradients, inputs))", "return rounded(gradients, inputs).with_heads(lambda head: head if head.kernel is None else __import__('dataclasses').replace(head, kernel=head.own_features(head.kernel)))", SHARDED),
     Bug("mesh: the hidden gradient isn't summed", OF_DEVICE, "heads=vary_over(inputs.heads, axes),", "heads=vary_over(inputs.heads, axes) if not plan.class_axes else jax.tree.map(lambda x: x / 2 + jax.lax.stop_gradient(x) / 2, vary_over(inputs.heads, axes)),", SHARDED),
     Bug("mesh: tokens gathered in another order", LAYOUT, "return lax.all_gather(array, axes, axis=dimension, tiled=True) if axes else array", "return lax.rev(lax.all_gather(array, axes, axis=dimension, tiled=True), (dimension,)) if axes else array", SHARDED),
     # Of each token, at a temperature.

@@ -164,6 +164,15 @@ def gather_kernels(plan: Plan, inputs: Inputs) -> Inputs:
     return inputs if plan.gathers_slabs else inputs.with_heads(Head.gather_features)
 
 
+def scatter_kernels(gradients: Inputs) -> Inputs:
+    """The gradients with those of the kernels summed over the devices, of the features that each has."""
+
+    def scatter(head: Head) -> Head:
+        return head if head.kernel is None else dataclasses.replace(head, kernel=head.scatter_features(head.kernel))
+
+    return gradients.with_heads(scatter)
+
+
 def composed(plan: Plan, numbers: Numbers, weights: Any, options: Any) -> Array:
     """The sum of the losses."""
     return plan.quantity.losses(numbers, weights, options).sum()

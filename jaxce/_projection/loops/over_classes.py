@@ -25,6 +25,7 @@ from jaxce._projection.chunks import (
     gather_kernels,
     read,
     scan_chunks,
+    scatter_kernels,
 )
 from jaxce._projection.inputs import (
     Inputs,
@@ -200,11 +201,7 @@ def finish_slab(slab: Inputs, gradients: Inputs, share: Inputs, start: Array | i
     """The slab's share of a gradient with an axis of classes is final: it is written where it belongs."""
     final, sums = split_by(CLASSES, slab, share)
     final = rounded(jax.tree.map(lambda gradient: factor * gradient, final), slab)
-    heads = (
-        head if head.kernel is None else dataclasses.replace(head, kernel=head.scatter_features(head.kernel))
-        for head in final.heads
-    )
-    written = put(slab, gradients, final._replace(heads=tuple(heads)), classes=start)
+    written = put(slab, gradients, scatter_kernels(final), classes=start)
     before = by_axes(lambda axes, _, whole, part: None if part is None else whole, slab, gradients, sums)
     return join(join(written, add(before, sums)), gradients)
 

@@ -4,7 +4,6 @@ For a mean or a sum every token's cotangent is known as soon as its loss is, so 
 there and then: three matmuls in all. The kernel's gradient is added up in float32.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jaxce._projection.chunks import (
     gather_kernels,
     read,
     scan_chunks,
+    scatter_kernels,
 )
 from jaxce._projection.inputs import (
     Inputs,
@@ -135,13 +135,7 @@ def start_sums(inputs: Inputs, wanted: Wanted) -> Inputs:
 
 def finished(inputs: Inputs, gradients: Inputs) -> Inputs:
     """Each gradient in its input's dtype, the only place where a sum over chunks is rounded; and on its device."""
-    found = rounded(gradients, inputs)
-    return found._replace(
-        heads=tuple(
-            head if head.kernel is None else dataclasses.replace(head, kernel=head.scatter_features(head.kernel))
-            for head in found.heads
-        )
-    )
+    return scatter_kernels(rounded(gradients, inputs))
 
 
 def cut_padding(plan: Plan, inputs: Inputs) -> Inputs:
