@@ -70,6 +70,7 @@ BOTH = ("hidden", "kernel")
         ("gpu", (32_768, 2_560, 128_256), True, BOTH, over_tokens),
         ("gpu", (8_192, 4_096, 128_256), True, BOTH, over_classes),
         ("gpu", (8_192, 4_096, 128_256), True, ("kernel",), over_tokens),
+        ("gpu", (8_192, 4_096, 128_256), True, ("hidden",), over_tokens),
         ("gpu", (8_192, 4_096, 128_256), True, (), over_classes),
         ("gpu", (32_768, 2_560, 128_256), False, BOTH, over_classes),
         ("cpu", (32_768, 2_560, 128_256), True, BOTH, over_classes),

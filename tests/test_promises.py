@@ -1,8 +1,10 @@
 """What the package promises of itself: names, imports, memory, and compilations."""
 
+import inspect
 import os
 import subprocess
 import sys
+import typing
 from functools import partial
 
 import jax
@@ -13,6 +15,8 @@ import pytest
 from helpers import indices, normal
 
 import jaxce
+from jaxce._api.projections import ProjectionKeywords
+from jaxce._api.scores import ScoresKeywords
 
 
 def test_public_names():
@@ -31,6 +35,26 @@ def test_public_names():
         "token_log_probs",
     }
     assert all(hasattr(jaxce, name) for name in jaxce.__all__)
+
+
+@pytest.mark.parametrize(
+    ("function", "keywords"),
+    [(jaxce.cross_entropy, ScoresKeywords), (jaxce.linear_cross_entropy, ProjectionKeywords)],
+    ids=["cross_entropy", "linear_cross_entropy"],
+)
+def test_signatures_are_what_the_overloads_say(function, keywords):
+    """`help()` shows the one, and type checkers go by the others."""
+    shown = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind == inspect.Parameter.KEYWORD_ONLY and name != "return_stats"
+    }
+    assert shown == typing.get_type_hints(keywords)
+    for overload in typing.get_overloads(function):
+        *_, stats, options = inspect.signature(overload).parameters.values()
+        assert stats.name == "return_stats"
+        assert options.annotation == typing.Unpack[keywords]
+    assert len(typing.get_overloads(function)) == 2
 
 
 def test_import_changes_no_setting_and_starts_no_backend():

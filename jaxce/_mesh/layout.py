@@ -293,6 +293,57 @@ def layout_of_projection(
 ) -> Layout:
     """The layout of hidden states and a kernel, or of a student's and a teacher's, which may be transposed."""
     kernels = [kernel] if teacher_kernel is None else [kernel, teacher_kernel]
+    batch = check_hidden(mesh, hidden)
+    for placed, transpose in zip(kernels, transposed, strict=True):
+        check_kernel(mesh, placed, transpose)
+    classes = 0 if transposed[0] else 1
+    tokens_are_gathered, classes_are_gathered = gathered_along(mesh, hidden, kernel, classes)
+    if gathers_slabs and classes_are_gathered:
+        raise ValueError(
+            f"kernel_gather='slabs' needs a kernel that is sharded over the axes of the tokens by its features; got "
+            f"its classes sharded over {quoted(sorted(classes_are_gathered))}: move them to axis {1 - classes}"
+        )
+    kept = tuple(without(axes, tokens_are_gathered) for axes in batch)
+    remaining = {axis for axes in kept for axis in axes}
+
+    def layout_of_kernel(placed: Placed, transpose: bool) -> KernelLayout:
+        of_features, of_its_classes = placed.axes[::-1] if transpose else placed.axes
+        # Over an axis without tokens the kernel is gathered before, or the loss would be counted once for each device.
+        return KernelLayout(
+            features=tuple(axis for axis in of_features if axis in remaining),
+            classes_gathered=tuple(axis for axis in of_its_classes if axis in classes_are_gathered),
+        )
+
+    return Layout(
+        mesh=mesh,
+        batch=kept,
+        tokens_gathered=tuple(without(axes, remaining) for axes in batch),
+        classes=without(kernel.axes[classes], classes_are_gathered),
+        kernels=tuple(map(layout_of_kernel, kernels, transposed)),
+        gathers_slabs=gathers_slabs,
+        given=(("hidden", hidden.spec), ("kernel", kernel.spec)),
+    )
+
+
+def without(axes: Axes, left_out: set[str]) -> Axes:
+    return tuple(axis for axis in axes if axis not in left_out)
+
+
+def gathered_along(mesh: AnyMesh, hidden: Placed, kernel: Placed, class_axis: int) -> tuple[set[str], set[str]]:
+    """Along which axes tokens are gathered, and along which classes.
+
+    Where an axis holds both, all devices along it do the same classes or the same tokens, whichever are fewer.
+    """
+    of_tokens = {axis for axes in hidden.axes for axis in axes}
+    of_classes = set(kernel.axes[class_axis])
+    both = of_tokens & of_classes
+    tokens = math.prod(hidden.shape[:-1]) // size_of(mesh, tuple(of_tokens - both))
+    classes = kernel.shape[class_axis] // size_of(mesh, tuple(of_classes - both))
+    return (both, set()) if tokens <= classes else (set(), both)
+
+
+def check_hidden(mesh: AnyMesh, hidden: Placed) -> list[Axes]:
+    """Each device has as many tokens as the others, with all features; the axes of each batch dimension."""
     *batch, of_features = hidden.axes
     if of_features:
         raise ValueError(
@@ -302,45 +353,7 @@ def layout_of_projection(
         )
     for dimension in range(len(batch)):
         check_even(mesh, hidden, dimension, pad_batch)
-    for placed, transpose in zip(kernels, transposed, strict=True):
-        check_kernel(mesh, placed, transpose)
-    classes = 0 if transposed[0] else 1
-    columns = kernel.shape[classes]
-    token_axes = {axis for axes in batch for axis in axes}
-    both = token_axes & set(kernel.axes[classes])
-    # An axis with tokens and classes: all devices along it do the same classes or the same tokens.
-    tokens = math.prod(hidden.shape[:-1]) // size_of(mesh, tuple(token_axes - both))
-    classes_there = columns // size_of(mesh, tuple(set(kernel.axes[classes]) - both))
-    tokens_are_gathered = both if tokens <= classes_there else set()
-    classes_are_gathered = both - tokens_are_gathered
-    if gathers_slabs and classes_are_gathered:
-        raise ValueError(
-            f"kernel_gather='slabs' needs a kernel that is sharded over the axes of the tokens by its features; got "
-            f"its classes sharded over {quoted(sorted(classes_are_gathered))}: move them to axis {1 - classes}"
-        )
-
-    def split(axes: Axes, gathered: set[str]) -> tuple[Axes, Axes]:
-        return tuple(a for a in axes if a not in gathered), tuple(a for a in axes if a in gathered)
-
-    kept, of_tokens = zip(*(split(axes, tokens_are_gathered) for axes in batch), strict=True) if batch else ((), ())
-    of_classes, _ = split(kernel.axes[classes], classes_are_gathered)
-    remaining = {axis for axes in kept for axis in axes}
-
-    def layout_of_kernel(placed: Placed, transpose: bool) -> KernelLayout:
-        of_features, of_its_classes = placed.axes[::-1] if transpose else placed.axes
-        gathered = split(of_its_classes, classes_are_gathered)[1]
-        # Over an axis without tokens the kernel is gathered before, or the loss would be counted once for each device.
-        return KernelLayout(tuple(axis for axis in of_features if axis in remaining), gathered)
-
-    return Layout(
-        mesh=mesh,
-        batch=kept,
-        tokens_gathered=of_tokens,
-        classes=of_classes,
-        kernels=tuple(map(layout_of_kernel, kernels, transposed)),
-        gathers_slabs=gathers_slabs,
-        given=(("hidden", hidden.spec), ("kernel", kernel.spec)),
-    )
+    return batch
 
 
 def check_kernel(mesh: AnyMesh, kernel: Placed, transpose: bool) -> None:
