@@ -99,15 +99,18 @@ def test_two_models(reverse, chunk_size, options, temperature):
     assert_trees_close(quickly(ours)(arrays), with_gradients(textbook, arrays, **how), 1e-10)
 
 
+@pytest.mark.parametrize("teacher", [True, False], ids=["both", "student"])
 @both_ways
-def test_padding_and_transposed_kernels(reverse):
+def test_padding_and_transposed_kernels(reverse, teacher):
     arrays = problem()
     want, of_student = with_gradients(textbook, arrays, reverse=reverse)
     padded = {
-        name: jnp.pad(arrays[name], [(0, 0), (0, 3)], constant_values=jnp.nan).T
-        for name in ("kernel", "teacher_kernel")
+        name: jnp.pad(arrays[name], [(0, 0), (0, 3)], constant_values=jnp.nan) for name in ("kernel", "teacher_kernel")
     }
-    options = {"transpose_kernel": True, "transpose_teacher_kernel": True, "num_classes": CLASSES, "chunk_size": 7}
+    padded["kernel"] = padded["kernel"].T
+    if teacher:
+        padded["teacher_kernel"] = padded["teacher_kernel"].T
+    options = {"transpose_kernel": True, "transpose_teacher_kernel": teacher, "num_classes": CLASSES, "chunk_size": 7}
     got = with_gradients(jaxce.linear_distillation_loss, arrays | padded, reverse=reverse, **options)
     of_student["kernel"] = jnp.pad(of_student["kernel"], [(0, 0), (0, 3)]).T
     assert_trees_close(got, (want, of_student), 1e-10)
