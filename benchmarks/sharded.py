@@ -61,17 +61,19 @@ def remat_scan(hidden: Array, kernel: Array, labels: Array) -> Array:
     return lax.scan(step, jnp.zeros(()), (chunks(hidden), chunks(labels)))[0] / labels.size
 
 
-def sharded(**options: Any) -> Callable[..., Array]:
-    specs = {"hidden_spec": OF_TOKENS, "kernel_spec": OF_KERNEL}
-    return partial(jaxce.sharded.linear_cross_entropy, **specs | options)
+def sharded(
+    of_tokens: PartitionSpec = OF_TOKENS, of_kernel: PartitionSpec = OF_KERNEL, kernel_gather: Any = "whole", **how: Any
+) -> Callable[..., Array]:
+    lie = jaxce.OnMesh(hidden=of_tokens, kernel=of_kernel, kernel_gather=kernel_gather)
+    return partial(jaxce.linear_cross_entropy, sharding=lie, **how)
 
 
 CONTESTANTS: dict[str, Callable[..., Array]] = {
     "dense, partitioned": dense,
     "remat scan, partitioned": remat_scan,
     "`linear_cross_entropy`, partitioned": jaxce.linear_cross_entropy,
-    "`sharded`": sharded(),
-    '`sharded`, `kernel_gather="slabs"`': sharded(kernel_gather="slabs"),
+    "`sharding`": sharded(),
+    '`sharding`, `kernel_gather="slabs"`': sharded(kernel_gather="slabs"),
 }
 
 
@@ -183,7 +185,7 @@ def of_meshes(chips: list[int] | None) -> list[dict[str, Any]]:
         for classes in CLASSES if not chips or data * model in chips else ():
             case = Case(device, chips_there, data, model, classes)
             for label, loss in CONTESTANTS.items():
-                gathers = {"`sharded`": 1, '`sharded`, `kernel_gather="slabs"`': 2}.get(label)
+                gathers = {"`sharding`": 1, '`sharding`, `kernel_gather="slabs"`': 2}.get(label)
                 formula = None if gathers is None else sent_by_formula(case, gathers=gathers) / 1e6
                 row = {"contestant": label, **measure(case, loss), "formula_mb": formula}
                 rows.append(
@@ -194,13 +196,13 @@ def of_meshes(chips: list[int] | None) -> list[dict[str, Any]]:
 
 
 def of_layouts() -> list[dict[str, Any]]:
-    """What `sharded` sends, layout by layout."""
+    """What the loss sends, layout by layout."""
     rows = []
     head = "temporaries, MB", "ms", "sent, MB", "formula"
-    compiled.head("4 × 2 TPU v5e, C = 128,256", "`hidden_spec`", "`kernel_spec`", *head)
+    compiled.head("4 × 2 TPU v5e, C = 128,256", "hidden", "kernel", *head)
     for label, (of_tokens, of_kernel) in LAYOUTS.items():
         case = Case("TPU v5e", "tpu-v5e:2x4", 4, 2, 128_256, of_tokens, of_kernel)
-        found = measure(case, sharded(hidden_spec=of_tokens, kernel_spec=of_kernel))
+        found = measure(case, sharded(of_tokens, of_kernel))
         row = {**found, "formula_mb": sent_by_formula(case) / 1e6}
         rows.append({"layout": label, "of_tokens": str(of_tokens), "of_kernel": str(of_kernel), **row})
         compiled.show(label, f"`{of_tokens}`", f"`{of_kernel}`", *cells(row))
@@ -220,7 +222,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--chips", type=int, nargs="+", help="only meshes of so many devices (default: all)")
     args = parser.parse_args()
-    print('"partitioned": on automatic axes. There, call jaxce.sharded.linear_cross_entropy with the specs.')
+    print('"partitioned": on automatic axes. There, pass the specs as sharding=jaxce.OnMesh(...).')
     results = {"versions": compiled.versions(), "meshes": of_meshes(args.chips), "layouts": []}
     if not args.chips or 8 in args.chips:
         results["layouts"] = of_layouts()

@@ -3,7 +3,7 @@
     pip install -e ".[examples]"                      # from the root of the repository
     python examples/train_lm.py                       # about two minutes on two cores; writes out/train_lm.png
     python examples/train_lm.py --dense               # trains with the plain loss, which stores the logits
-    python examples/train_lm.py --mesh data=4,model=2 # on eight virtual devices, with jaxce.sharded; about ten minutes
+    python examples/train_lm.py --mesh data=4,model=2 # on eight virtual devices, with sharding=; about ten minutes
     python examples/train_lm.py --smoke               # a few seconds, for CI; fails unless the loss falls
     python examples/train_lm.py --help
 
@@ -101,8 +101,8 @@ def dense_loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple
 
 def sharded_loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[jax.Array, jaxce.LossStats]:
     # The mesh is that of jax.set_mesh. Each device has some of the sequences, and of the vocabulary; see `spread`.
-    specs = {"hidden_spec": BATCH_SPEC, "kernel_spec": EMBEDDING_SPEC}
-    return jaxce.sharded.linear_cross_entropy(hidden, kernel, labels, transpose_kernel=True, return_stats=True, **specs)
+    lie = jaxce.OnMesh(hidden=BATCH_SPEC, kernel=EMBEDDING_SPEC)
+    return jaxce.linear_cross_entropy(hidden, kernel, labels, transpose_kernel=True, return_stats=True, sharding=lie)
 
 
 LOSSES = {"fused": fused_loss, "dense": dense_loss, "sharded": sharded_loss}
