@@ -167,7 +167,7 @@ BUGS = [
     Bug("distillation: 0·inf of an impossible class", TWO, "jnp.where(exp_a == 0, 0, exp_a * (a - b))", "exp_a * (a - b)", DISTILLED),
     Bug("distillation: the reverse has the other's gradient", TWO, "self.pair(dx, du)", "(du, dx)", DISTILLED),
     Bug("distillation: the reverse forgets the mean", TWO, "p * (log_ratio - divergence)", "p * log_ratio", DISTILLED),
-    Bug("distillation: the temperature isn't in the gradient", TWO, "(pull(keep(counts_in, of_logits)) for", "((keep(counts_in, of_logits), *pull(keep(counts_in, of_logits))[1:]) for", DISTILLED),
+    Bug("distillation: the temperature isn't in the gradient", TWO, "(pull(keep(counts_in, dx)) for", "((keep(counts_in, dx), *pull(keep(counts_in, dx))[1:]) for", DISTILLED),
     Bug("distillation: likeliest classes are among the rest", CHOSEN, "rest = without(x, place, -jnp.inf)", "rest = x", DISTILLED),
     Bug("distillation: likeliest classes have the rest's gradient", CHOSEN, "dx = without(dx, place, 0 if cotangents.logits is None else cotangents.logits)", "dx = dx + 0", DISTILLED),
     Bug("distillation: NaN of a token left out meets a matmul", CLASSES, "else without_left_out(inputs)\n", "else inputs\n", DISTILLED),

@@ -42,7 +42,7 @@ class OfChosen:
 
     def sums(self, example: Example, reference: Any = None, *, first_class: Array | int = 0) -> Sums:
         """Over some of the classes."""
-        (logits,), (softcap,), (inverse_temperature,) = example[:3]
+        (logits,), (softcap,), (inverse_temperature,) = example.logits, example.softcap, example.inverse_temperature
         x = final_logits(logits, softcap, inverse_temperature)
         place = places(example, x, first_class)
         rest = without(x, place, -jnp.inf)
@@ -70,7 +70,7 @@ class OfChosen:
         self, example: Example, whole_row: Sums, cotangents: Chosen, *, first_class: Array | int = 0
     ) -> Example:
         """Of the chosen their own; of the others their shares in the sum."""
-        (logits,), (softcap,), (inverse_temperature,) = example[:3]
+        (logits,), (softcap,), (inverse_temperature,) = example.logits, example.softcap, example.inverse_temperature
         x, pull = final_logits_and_pull(logits, softcap, inverse_temperature, example.counts_in)
         m, exp = beside((whole_row.reference, whole_row.total.exp))
         place = places(example, x, first_class)

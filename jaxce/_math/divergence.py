@@ -66,7 +66,7 @@ class OfTwo:
 
     def sums(self, example: Example, reference: Any = None, *, first_class: Array | int = 0) -> Sums:
         """Over some of the classes."""
-        x, u = self.pair(*map(final_logits, *example[:3]))
+        x, u = self.pair(*map(final_logits, *by_head(example)))
         maximum = OfPair(*(lax.stop_gradient(logits.max(0)) for logits in (x, u)))
         m = OfPair(*map(finite, maximum)) if reference is None else reference
         a, b = x - beside(m.x), u - beside(m.u)
@@ -100,22 +100,24 @@ class OfTwo:
 
         d KL / dx = p·(log p - log q - KL),    d KL / du = q - p
         """
-        pulls, shaped = [], []
-        for of_head in zip(*example[:3], strict=True):
-            x, pull = final_logits_and_pull(*of_head, example.counts_in)
-            shaped.append(x)
-            pulls.append(pull)
+        of_heads = zip(*by_head(example), strict=True)
+        final = [final_logits_and_pull(x, cap, inverse, example.counts_in) for x, cap, inverse in of_heads]
         m, exp, divergence = beside(whole_row)
-        x, u = self.pair(*shaped)
+        x, u = self.pair(*(logits for logits, _ in final))
         a, b = x - m.x, u - m.u
         p, q = jnp.exp(a) / exp.x, jnp.exp(b) / exp.u
         log_ratio = (a - jnp.log(exp.x)) - (b - jnp.log(exp.u))
         g = beside(cotangents)
         dx, du = g * jnp.where(p == 0, 0, p * (log_ratio - divergence)), g * (q - p)
         counts_in = None if example.counts_in is None else beside(example.counts_in)
-        of_heads = zip(pulls, self.pair(dx, du), strict=True)
-        return Example(*zip(*(pull(keep(counts_in, of_logits)) for pull, of_logits in of_heads), strict=True))
+        of_logits = zip(final, self.pair(dx, du), strict=True)
+        return Example(*zip(*(pull(keep(counts_in, dx)) for (_, pull), dx in of_logits), strict=True))
 
     def losses(self, numbers: Array, weights: ExampleWeights, options: Any) -> Array:
         """The divergences, weighted; the temperature squared is a part of the weight."""
         return times(weights.total, numbers)
+
+
+def by_head(example: Example) -> tuple[tuple[Any, ...], ...]:
+    """What makes the final logits of each distribution."""
+    return example.logits, example.softcap, example.inverse_temperature

@@ -39,7 +39,7 @@ class OfLabels:
 
     def sums(self, example: Example, reference: Any = None, *, first_class: Array | int = 0) -> Sums:
         """By the form of the platform, which takes the soft cap itself; a temperature goes before."""
-        (logits,), (softcap,), (inverse_temperature,) = example[:3]
+        (logits,), (softcap,), (inverse_temperature,) = example.logits, example.softcap, example.inverse_temperature
         x = logits
         if inverse_temperature is not None:
             x, softcap = final_logits(logits, softcap, inverse_temperature), None
@@ -62,7 +62,8 @@ class OfLabels:
         self, example: Example, whole_row: Normalizer, cotangents: Stats, *, first_class: Array | int = 0
     ) -> Example:
         """By the form of the platform, as `sums`."""
-        (logits,), (softcap,), (inverse_temperature,), target, _, weight, counts_in = example
+        (logits,), (softcap,), (inverse_temperature,) = example.logits, example.softcap, example.inverse_temperature
+        target, weight, counts_in = example.target, example.class_weight, example.counts_in
         numbers = counts_in, whole_row, cotangents._replace(predicted=None)
         if inverse_temperature is None:
             found = self.form.gradients(logits, target, weight, softcap, *numbers, first_class=first_class)
