@@ -49,12 +49,14 @@ def cross_entropy(
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
     logit_softcap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     reduction: str = "mean",
 ) -> Array:
-    """-Σ_c w_c q_c log p_c + z·log_z², with q = (1-ε)·t + ε/C."""
+    """-Σ_c w_c q_c log p_c + z·log_z², with q = (1-ε)·t + ε/C; a scalar temperature, or one an example."""
     x = jnp.moveaxis(jnp.asarray(logits), axis, -1)
     if logit_softcap is not None:
         x = jnp.where(x == -jnp.inf, x, logit_softcap * jnp.tanh(x / logit_softcap))
+    x = x / jnp.asarray(temperature, x.dtype)[..., None]
     log_p = log_softmax(x)
     log_z = jax.nn.logsumexp(x, -1)
     target, class_weight, counted = _targets(x, axis, labels, weight, ignore_index, where)
