@@ -103,7 +103,7 @@ BUGS = [
     # The loops.
     Bug("the rest after the last whole chunk", CHUNKS, "if rest or not whole:", "if not whole:", LINEAR),
     Bug("all tokens have the first one's cotangent", CHUNKS, "(example_of(inputs, logits), whole_rows, cotangents)", "(example_of(inputs, logits), whole_rows, jax.tree.map(lambda g: jnp.broadcast_to(g[:1], g.shape), cotangents))", LINEAR),
-    Bug("logit gradients stay in float32", CHUNKS, "lax.optimization_barrier(of_logits.astype(head.dtype))", "lax.optimization_barrier(of_logits)", LINEAR),
+    Bug("matmuls of 16 bits are in float32", INPUTS, "            return self.hidden.dtype\n", "            return compute_dtype(self.hidden.dtype)\n", LINEAR),
     Bug("NaN of a token left out meets a matmul", INPUTS, "jnp.where(counts_in, head.hidden, 0)", "1 * head.hidden", LINEAR),
     Bug("tokens: each chunk starts its sums anew", TOKENS, "return (add(sums, shares), add(", "return (shares, add(", LINEAR),
     Bug("tokens: padded classes count", TOKENS, "return cut(inputs, CLASSES, 0, plan.columns) if", "return inputs if", LINEAR),
@@ -112,7 +112,7 @@ BUGS = [
     Bug("classes: gradients' classes count from 0", CLASSES, "chunk_gradients(plan, wanted, block, logits, whole_rows, cotangents, start)", "chunk_gradients(plan, wanted, block, logits, whole_rows, cotangents, 0)", LINEAR),
     Bug("classes: the first slab twice", CLASSES, "sums(start + size, width, before.maximum, kept)", "sums(start, width, before.maximum, kept)", LINEAR),
     Bug("classes: gradients without the cotangent", CLASSES, "rounded(jax.tree.map(lambda gradient: factor * gradient, final), slab)", "rounded(final, slab)", LINEAR),
-    Bug("classes: predicted by the last slab", EXAMPLE, "jnp.take_along_axis(index, jnp.argmax(maximum, 0)[None], 0)[0]", "index[-1]", LINEAR),
+    Bug("classes: predicted by the last slab", EXAMPLE, "jnp.where(larger, later, first)", "later", LINEAR),
     Bug("kept: logits of the wrong tokens", KEPT, "logits[: tokens_kept(head)]", "logits[-tokens_kept(head) :]", LINEAR),
     # A reference that is known before the logits.
     Bug("reference: the redo is left out", ONE_PASS, "lax.cond(is_far, lambda: sums(m, *arrays).total, lambda: found.total)", "found.total", KNOWN),

@@ -20,7 +20,7 @@ last: to move it would be a copy of them. Numbers are then of the shape of those
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -207,7 +207,13 @@ class Merging(NamedTuple):
 
 
 def first_of_stacked(maximum: Array, index: Array) -> Array:
-    return jnp.take_along_axis(index, jnp.argmax(maximum, 0)[None], 0)[0]
+    def ahead(before: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[Array, Array]:
+        (most, first), (other, later) = before, part
+        larger = (other > most) | (jnp.isnan(other) & ~jnp.isnan(most))
+        return jnp.where(larger, other, most), jnp.where(larger, later, first)
+
+    # Not by an argmax over the parts, which a TPU would take its time for.
+    return reduce(ahead, zip(maximum, index, strict=True))[1]
 
 
 STACKED = Merging(lambda parts: parts.max(0), lambda parts: parts.sum(0), first_of_stacked)
