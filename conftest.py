@@ -1,9 +1,11 @@
-"""Python blocks of the documentation as tests, which cases run, and the switch that turns a platform's forms off."""
+"""Python blocks of the documentation as tests, which tests run where, and the switch "as on another platform".
+
+The markers in `pyproject.toml` say which tests run where; `pytest --markers` prints them.
+"""
 
 import importlib.util
+import os
 import unittest
-import zlib
-from collections import defaultdict
 from typing import Any
 
 import jax
@@ -19,16 +21,19 @@ collect_ignore_glob = ["docs/*.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--as-on`: every test of values and gradients holds on every platform."""
+    """Two switches; `-m` has the others."""
     parser.addoption("--as-on", choices=("unknown", "gpu", "tpu"), help="run on the CPU what that platform would run")
-    parser.addoption("--part", default="1", choices=("1", "2", "3", "all"), help="of the tests with many cases")
+    parser.addoption("--thorough", action="store_true", help="run the cases that are marked thorough as well")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Pretends to be elsewhere before anything is traced."""
-    config.addinivalue_line("markers", "form(name): a promise that this form of jaxce/_forms makes")
-    config.addinivalue_line("markers", "every_case: all cases of this test run in every part")
-    config.addinivalue_line("markers", "loop(name): a promise that this loop of jaxce/_projection/loops makes")
+    """Before anything is traced and JAX starts its backend."""
+    flags = ["--xla_force_host_platform_device_count=8"]
+    if config.option.markexpr != "compilers":
+        # LLVM's optimizations change no value, and take a third of the time.
+        flags.append("--xla_backend_optimization_level=0")
+    # Of two that contradict each other, XLA takes the later one.
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
     if config.getoption("--as-on"):
         from jaxce import _platform
 
@@ -36,38 +41,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out other parts, and skips what only a form, or a loop of another platform, promises."""
-    if config.getoption("--part") != "all":
-        keep_part(config, items, int(config.getoption("--part")))
+    """Leaves out what is thorough, and skips what only a form, or a loop of another platform, promises."""
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     skipped = ["form", "loop"] if config.getoption("--as-on") else []
     for item in items:
         for marker in (marker for name in skipped for marker in item.iter_markers(name)):
             item.add_marker(pytest.mark.skip(reason=f"a promise of {marker.args[0]}"))
 
 
-def keep_part(config: pytest.Config, items: list[pytest.Item], part: int) -> None:
-    """Keeps one of three parts of the cases, by the checksums of their names, and of each test at least one case."""
-    cases = defaultdict(list)
-    left_out = {item for item in items if item.path.suffix == ".md" and not is_block_of(item, part)}
-    for item in items:
-        if "[" in item.nodeid and not runs_whole(item, part):
-            cases[item.nodeid.partition("[")[0]].append(item)
-    for name, group in cases.items():
-        chosen = [item for item in group if zlib.crc32(item.nodeid.encode()) % 3 == part % 3]
-        chosen = chosen or [group[(zlib.crc32(name.encode()) + part) % len(group)]]
-        left_out |= set(group) - set(chosen)
-    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-    items[:] = [item for item in items if item not in left_out]
-
-
-def is_block_of(item: pytest.Item, part: int) -> bool:
-    """The code of the pages is in the first part; that with PyTorch, and README's, in all."""
-    return part == 1 or item.path.name == "README.md" or "import torch" in item.example.parsed
-
-
-def runs_whole(item: pytest.Item, part: int) -> bool:
-    """Whether all cases of its test run; those of the examples do in the first part."""
-    return item.get_closest_marker("every_case") is not None or (part == 1 and item.path.name == "test_examples.py")
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks the blocks of the pages, where no marker can stand; but not those for PyTorch, which is rarely there."""
+    if item.path.suffix == ".md" and item.path.name != "README.md" and "import torch" not in item.example.parsed:
+        item.add_marker("thorough")
+        item.add_marker("any_jax")
 
 
 def as_users_have_it(namespace: dict[str, Any]) -> None:

@@ -1,9 +1,4 @@
-"""The strict environment of every test: no implicit dtype promotion, eight virtual devices, reproducible examples."""
-
-import os
-
-# Read once, when JAX starts its backend.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+"""The strict environment of every test: no implicit dtype promotion, reproducible examples."""
 
 import jax
 import pytest

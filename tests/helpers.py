@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 HALF_DTYPES = [jnp.float16, jnp.bfloat16]
 FLOAT_DTYPES = [*HALF_DTYPES, jnp.float32]
@@ -44,5 +45,23 @@ def assert_trees_close(got, want, rtol=1e-12):
 
 def value_and_grads(loss, floats, **options):
     """The loss, and the gradient of a random weighting of it in each of the named float inputs."""
-    value, pull = jax.vjp(lambda floats: loss(**floats, **options), floats)
-    return value, pull(positive(value.shape, 7, value.dtype))[0]
+
+    @jax.jit
+    def weighted(floats):
+        value, pull = jax.vjp(lambda floats: loss(**floats, **options), floats)
+        return value, pull(positive(value.shape, 7, value.dtype))[0]
+
+    return weighted(floats)
+
+
+def cases(names, quick, thorough=(), **how):
+    """Parametrizes: with the `quick` cases always, and with those of `thorough` that aren't among them on demand."""
+    more = [case for case in thorough if case not in quick]
+    several = not isinstance(names, str)
+    marked = [pytest.param(*(case if several else (case,)), marks=pytest.mark.thorough) for case in more]
+    return pytest.mark.parametrize(names, [*quick, *marked], **how)
+
+
+def for_figures(lowered):
+    """Compiled with LLVM's optimizations, as users have it: for what a test says of memory."""
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": 3})

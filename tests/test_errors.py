@@ -11,8 +11,6 @@ import pytest
 import jaxce
 from jaxce import OnMesh
 
-pytestmark = pytest.mark.every_case
-
 LOGITS = np.zeros((4, 10), np.float32)
 LABELS = np.array([1, 2, 3, 0], np.int32)
 ONE_HOT = np.eye(10, dtype=np.float32)[LABELS]

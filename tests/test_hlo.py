@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.every_case
-
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 hlo = pytest.importorskip("hlo", reason="needs benchmarks/ beside tests/")
 

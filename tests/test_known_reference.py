@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_trees_close, distributions, indices, normal, positive
+from helpers import assert_close, assert_trees_close, cases, distributions, indices, normal, positive
 
 import jaxce
 from jaxce import _platform
@@ -16,6 +16,7 @@ from jaxce._projection.loops import auto, one_pass
 
 N, D, C = 12, 5, 40
 LABELS = indices((N,), C, 3).at[4].set(-100)
+pytestmark = pytest.mark.any_jax
 LOOPS = pytest.mark.parametrize("loop", ["tokens", "classes"])
 
 
@@ -53,7 +54,7 @@ def loss(loop, **options):
 
 
 def value_and_grads(loss, arrays, labels=LABELS):
-    return jax.value_and_grad(lambda arrays: loss(**arrays, labels=labels))(arrays)
+    return jax.jit(jax.value_and_grad(lambda arrays, labels: loss(**arrays, labels=labels)))(arrays, labels)
 
 
 LAST, FIRST = np.arange(C) == C - 1, np.arange(C) < 15
@@ -97,7 +98,7 @@ def test_stats_relative_to_a_far_reference(loop, x64):
     assert got.predicted[LABELS != -100].tolist() == want.predicted[LABELS != -100].tolist()
 
 
-@pytest.mark.parametrize(("reduction", "probabilities"), [("mean", False), ("none", True)])
+@cases(("reduction", "probabilities"), [("none", True)], [("mean", False)])
 def test_blocks_of_tokens_beside_a_slab(reduction, probabilities, monkeypatch, x64):
     """Blocks of 5 tokens, and a rest of 2."""
     monkeypatch.setattr(auto, "tokens_beside_a_slab", lambda plan, inputs: 5)
@@ -111,11 +112,11 @@ def test_blocks_of_tokens_beside_a_slab(reduction, probabilities, monkeypatch, x
     ours, theirs = (weighted(f) for f in (loss("classes", **options), partial(dense, **options)))
     assert_trees_close(value_and_grads(ours, arrays, labels), value_and_grads(theirs, arrays, labels), 1e-10)
     if probabilities:
-        of_labels = (jax.grad(lambda labels, f=f: f(labels, **arrays))(labels) for f in (ours, theirs))
+        of_labels = (jax.jit(jax.grad(lambda labels, f=f: f(labels, **arrays)))(labels) for f in (ours, theirs))
         assert_close(*of_labels, 1e-10)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@cases("transposed", [True], [False])
 def test_kernels_that_a_tpu_lays_out_the_other_way(transposed, x64):
     """Their last axis isn't a multiple of 128, the other one is."""
     features, classes = (6, 128) if transposed else (128, 40)
@@ -129,7 +130,7 @@ def test_kernels_that_a_tpu_lays_out_the_other_way(transposed, x64):
     assert_trees_close(got, value_and_grads(of_logits, arrays, labels), 1e-10)
 
 
-@LOOPS
+@cases("loop", ["classes"], ["tokens"])
 def test_one_column_300_times_the_others_in_16_bits(loop):
     arrays = problem(dtype=np.float32)
     arrays = jax.tree.map(lambda a: a.astype(jnp.float16), arrays | {"kernel": arrays["kernel"].at[:, -3].mul(300)})
@@ -140,7 +141,7 @@ def test_one_column_300_times_the_others_in_16_bits(loop):
     assert_trees_close(jax.tree.map(lambda g: g.astype(jnp.float32), got[1]), gradients, 3e-3)
 
 
-@LOOPS
+@cases("loop", ["tokens"], ["classes"])
 def test_nan_stays_where_it_is(loop):
     arrays = problem(dtype=np.float32)
     arrays["hidden"] = arrays["hidden"].at[2].set(jnp.nan).at[4].set(jnp.inf)
@@ -151,31 +152,34 @@ def test_nan_stays_where_it_is(loop):
     assert jnp.isnan(impossible)
 
 
-@LOOPS
+@cases("loop", ["tokens"], ["classes"])
 def test_vmap_where_one_of_the_models_is_far(loop, x64):
     biases = jnp.stack([jnp.zeros(C), jnp.asarray(BIASES["a hot class in the last slab"]), jnp.zeros(C)])
     arrays = problem()
-    grads = jax.vmap(lambda bias: value_and_grads(loss(loop), arrays | {"bias": bias}))(biases)
-    want = [value_and_grads(dense, arrays | {"bias": bias}) for bias in biases]
-    assert_trees_close(grads, jax.tree.map(lambda *a: jnp.stack(a), *want), 1e-10)
+    grads, want = (
+        jax.jit(jax.vmap(lambda bias, each=each: value_and_grads(each, arrays | {"bias": bias})))(biases)
+        for each in (loss(loop), dense)
+    )
+    assert_trees_close(grads, want, 1e-10)
 
 
-@LOOPS
+@cases("loop", ["classes"], ["tokens"])
 def test_second_derivatives_relative_to_a_far_reference(loop, x64):
     arrays = problem(BIASES["each slab above the one before"] / 50)
     direction = jax.tree.map(lambda a: normal(a.shape, 9, np.float64), arrays)
 
-    def product(loss):
-        return jax.jvp(jax.grad(lambda a: loss(**a, labels=LABELS)), (arrays,), (direction,))[1]
+    def derivatives(loss):
+        """A Hessian-vector product, and the gradient of the gradient's square."""
+        gradient = jax.grad(lambda a: loss(**a, labels=LABELS))
 
-    assert_trees_close(product(loss(loop)), product(dense), 1e-9)
-    twice = jax.grad(
-        lambda a: sum((g**2).sum() for g in jax.tree.leaves(jax.grad(lambda a: loss(loop)(**a, labels=LABELS))(a)))
-    )
-    want = jax.grad(
-        lambda a: sum((g**2).sum() for g in jax.tree.leaves(jax.grad(lambda a: dense(**a, labels=LABELS))(a)))
-    )
-    assert_trees_close(twice(arrays), want(arrays), 1e-9)
+        @jax.jit
+        def both(arrays, direction):
+            square = jax.grad(lambda a: sum((g**2).sum() for g in jax.tree.leaves(gradient(a))))
+            return jax.jvp(gradient, (arrays,), (direction,))[1], square(arrays)
+
+        return both(arrays, direction)
+
+    assert_trees_close(derivatives(loss(loop)), derivatives(dense), 1e-9)
 
 
 def test_sums_are_made_again_only_where_the_reference_was_far(x64):
@@ -204,18 +208,17 @@ rounds_its_gradient.defvjp(
 )
 
 
-@pytest.mark.parametrize(
-    ("c", "dtype", "scale", "allowed"),
-    [
-        # With few classes the rounding of the logit gradients shows, which keeps the matmuls in 16 bits.
-        (96, jnp.bfloat16, 1, 1.3),
-        (96, jnp.float16, 30, 1.3),
-        (96, jnp.float16, 1e4, 1.3),
-        # With a vocabulary it drowns in that of the gradients themselves.
-        (8192, jnp.bfloat16, 1, 1.02),
-    ],
+# With few classes the rounding of the logit gradients shows, which keeps the matmuls in 16 bits.
+FEW = [(96, jnp.bfloat16, 1, 1.3), (96, jnp.float16, 30, 1.3), (96, jnp.float16, 1e4, 1.3)]
+# With a vocabulary it drowns in that of the gradients themselves.
+MANY = (8192, jnp.bfloat16, 1, 1.02)
+
+
+@cases(
+    ("loop", "c", "dtype", "scale", "allowed"),
+    [("tokens", *FEW[0]), ("classes", *FEW[2])],
+    [(loop, *case) for loop in ("tokens", "classes") for case in (*FEW, MANY)],
 )
-@LOOPS
 def test_error_in_16_bits_beside_that_of_dense(loop, c, dtype, scale, allowed):
     """Against float64, beside the dense loss with float32 logits: whose gradients a TPU's matmuls round, or nobody."""
     n, d = 256, 16
@@ -234,10 +237,10 @@ def test_error_in_16_bits_beside_that_of_dense(loop, c, dtype, scale, allowed):
 
     with jax.enable_x64(True):
         exact = tuple(a.astype(jnp.float64) for a in arrays)
-        want = jax.value_and_grad(lambda h, w: jaxce.reference.cross_entropy(h @ w, labels), (0, 1))(*exact)
+        want = jax.jit(jax.value_and_grad(lambda h, w: jaxce.reference.cross_entropy(h @ w, labels), (0, 1)))(*exact)
 
     def errors(loss):
-        (value, grads), (true, true_grads) = jax.value_and_grad(loss, (0, 1))(*arrays), want
+        (value, grads), (true, true_grads) = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arrays), want
         yield abs(float(value) - float(true)) / float(true)
         for gradient, true in zip(grads, true_grads, strict=True):
             exact = np.asarray(true)
@@ -252,7 +255,7 @@ def test_error_in_16_bits_beside_that_of_dense(loop, c, dtype, scale, allowed):
         assert ours <= on_a_tpu + rounding
 
 
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
+@cases("loop", ["classes"], ["tokens"])
 def test_each_platform_carries_its_own_loop(loop, monkeypatch):
     monkeypatch.setattr(_platform, "pretended", None)
     arrays = problem(BIASES["a hot class in the last slab"], dtype=np.float32)

@@ -1,11 +1,14 @@
 """`linear_cross_entropy`: the same numbers as `cross_entropy` of the logits, without the logits."""
 
+from functools import partial
+from itertools import product
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_trees_close, distributions, indices, normal, positive
+from helpers import assert_close, assert_trees_close, cases, distributions, for_figures, indices, normal, positive
 from jax.experimental import checkify
 from jax.extend.core import jaxprs_in_params
 
@@ -65,34 +68,39 @@ def gradients(loss, arrays, labels, **options):
         floats["labels"] = labels
     else:
         rest["labels"] = labels
-    value, pull = jax.vjp(lambda inputs: loss(**inputs, **rest), {**arrays, **floats})
-    # Cotangents that differ from token to token, some of them 0.
-    return value, pull(jnp.where(positive(value.shape, 7) < 0.5, 0, normal(value.shape, 8)).astype(value.dtype))[0]
+
+    @jax.jit
+    def weighted(inputs):
+        value, pull = jax.vjp(lambda inputs: loss(**inputs, **rest), inputs)
+        # Cotangents that differ from token to token, some of them 0.
+        return value, pull(jnp.where(positive(value.shape, 7) < 0.5, 0, normal(value.shape, 8)).astype(value.dtype))[0]
+
+    return weighted({**arrays, **floats})
 
 
-@pytest.mark.parametrize(
-    ("options", "reduction", "chunks"),
-    [
-        ("plain", "mean", [1]),
-        ("smoothing", "none", [7]),
-        ("all", "mean", [7]),
-        ("all", "none", [40]),
-    ],
+SETS = [("plain", "mean", 1), ("smoothing", "none", 7), ("all", "mean", 7), ("all", "none", 40)]
+
+
+@pytest.mark.values
+@cases(
+    ("loop", "options", "reduction", "chunk"),
+    [("tokens", "all", "mean", 7), ("classes", "smoothing", "none", 7), ("auto", "all", "none", 40)],
+    [(loop, *options) for loop, options in product(LOOPS, SETS)],
 )
-@pytest.mark.parametrize("loop", LOOPS)
-def test_equals_cross_entropy_of_the_logits(loop, options, reduction, chunks, x64):
+def test_equals_cross_entropy_of_the_logits(loop, options, reduction, chunk, x64):
     arrays, options = problem(), {**OPTIONS[options], "reduction": reduction}
     options = {k: v.astype(jnp.float64) if hasattr(v, "dtype") and v.dtype != bool else v for k, v in options.items()}
     want = gradients(dense, arrays, LABELS, **options)
-    for chunk in chunks:
-        got = gradients(
-            jaxce.linear_cross_entropy, arrays, LABELS, strategy=loop, chunk_size=chunk, precision="highest", **options
-        )
-        assert_trees_close(got, want, 1e-11)
+    how = {"strategy": loop, "chunk_size": chunk, "precision": "highest"}
+    assert_trees_close(gradients(jaxce.linear_cross_entropy, arrays, LABELS, **how, **options), want, 1e-11)
 
 
-@pytest.mark.parametrize(("reduction", "smoothing"), [("mean", 0.2), ("none", 0.0)])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.values
+@cases(
+    ("loop", "reduction", "smoothing"),
+    [("classes", "mean", 0.2)],
+    [(loop, *options) for loop, options in product(LOOPS, [("mean", 0.2), ("none", 0.0)])],
+)
 def test_class_probabilities(loop, reduction, smoothing, x64):
     labels, weight = distributions((N, C), dtype=np.float64), positive((C,), 5, np.float64)
     options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
@@ -101,7 +109,8 @@ def test_class_probabilities(loop, reduction, smoothing, x64):
     assert_trees_close(got, want, 1e-11)
 
 
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
+@pytest.mark.values
+@cases("loop", ["classes"], ["tokens"])
 def test_transposed_kernel_and_any_batch_axes(loop, x64):
     arrays = problem()
     batched = {**arrays, "hidden": arrays["hidden"].reshape(3, 4, D), "kernel": arrays["kernel"].T}
@@ -109,12 +118,14 @@ def test_transposed_kernel_and_any_batch_axes(loop, x64):
         **batched, labels=LABELS.reshape(3, 4), strategy=loop, transpose_kernel=True, reduction="none"
     )
     assert_close(loss, dense(**arrays, labels=LABELS, reduction="none").reshape(3, 4))
-    gradient = jax.grad(
-        lambda a: jaxce.linear_cross_entropy(
-            **a, labels=LABELS.reshape(3, 4), strategy=loop, chunk_size=7, transpose_kernel=True
+    gradient = jax.jit(
+        jax.grad(
+            lambda a: jaxce.linear_cross_entropy(
+                **a, labels=LABELS.reshape(3, 4), strategy=loop, chunk_size=7, transpose_kernel=True
+            )
         )
     )(batched)
-    want = jax.grad(lambda a: dense(**a, labels=LABELS))(arrays)
+    want = jax.jit(jax.grad(lambda a: dense(**a, labels=LABELS)))(arrays)
     assert_close(gradient["kernel"], want["kernel"].T)
     assert_close(gradient["hidden"], want["hidden"].reshape(3, 4, D))
     one = jaxce.linear_cross_entropy(
@@ -123,9 +134,11 @@ def test_transposed_kernel_and_any_batch_axes(loop, x64):
     assert_close(one, dense(arrays["hidden"][0], arrays["kernel"], LABELS[0], bias=arrays["bias"]))
 
 
-@pytest.mark.parametrize(
+@pytest.mark.values
+@cases(
     ("tokens", "reduction", "transposed"),
-    [(2, "mean", False), (D, "mean", True), (N, "mean", False), (2, "none", True), (N, "none", True)],
+    [(2, "mean", False), (N, "none", True)],
+    [(D, "mean", True), (N, "mean", False), (2, "none", True)],
 )
 def test_logits_in_the_room_of_the_kernels_gradient(transposed, reduction, tokens, x64):
     """Fewer tokens than there is room for, as many, and more."""
@@ -149,8 +162,12 @@ def test_logits_in_the_room_of_the_kernels_gradient(transposed, reduction, token
 
 
 # Slabs of 7 end in the padding, one of 40 would reach over it.
-@pytest.mark.parametrize(("options", "fill", "chunk"), [("plain", 50.0, 40), ("all", np.nan, 7)])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.values
+@cases(
+    ("loop", "options", "fill", "chunk"),
+    [("tokens", "all", np.nan, 7), ("classes", "plain", 50.0, 40)],
+    [(loop, *options) for loop, options in product(LOOPS, [("plain", 50.0, 40), ("all", np.nan, 7)])],
+)
 def test_padding_counts_for_nothing(loop, options, fill, chunk, x64):
     """Columns beyond `num_classes` can hold anything: the loss doesn't see them, and their gradient is 0."""
     real, options = problem(), OPTIONS[options]
@@ -171,7 +188,8 @@ def test_padding_counts_for_nothing(loop, options, fill, chunk, x64):
     assert_trees_close(cut, want_grads, 1e-11)
 
 
-@pytest.mark.parametrize(("loop", "reduction"), [("tokens", "mean"), ("classes", "none"), ("auto", "mean")])
+@pytest.mark.values
+@cases(("loop", "reduction"), [("classes", "none")], [("tokens", "mean"), ("auto", "mean")])
 def test_what_is_left_out_reaches_no_gradient(loop, reduction):
     arrays = problem(np.float32)
     dirty = {**arrays, "hidden": arrays["hidden"].at[4].set(jnp.nan).at[2].set(jnp.inf)}
@@ -182,32 +200,39 @@ def test_what_is_left_out_reaches_no_gradient(loop, reduction):
         out = jaxce.linear_cross_entropy(**a, labels=labels, **options)
         return out.sum()
 
-    grads = jax.grad(loss)(dirty, LABELS, **{**options, "reduction": "sum" if reduction == "mean" else "none"})
+    def gradient(a, labels, **options):
+        return jax.jit(jax.grad(lambda a: loss(a, labels, **options)))(a)
+
+    grads = gradient(dirty, LABELS, **{**options, "reduction": "sum" if reduction == "mean" else "none"})
     clean = {**arrays, "hidden": arrays["hidden"][kept]}
-    want = jax.grad(loss)(clean, LABELS[kept], strategy=loop, reduction="sum")
+    want = gradient(clean, LABELS[kept], strategy=loop, reduction="sum")
     assert not grads["hidden"][jnp.array([2, 4])].any()
     assert_close(grads["hidden"][kept], want["hidden"], 1e-5)
     assert_close(grads["kernel"], want["kernel"], 1e-5)
     assert_close(grads["bias"], want["bias"], 1e-5)
 
 
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
+@pytest.mark.values
+@cases("loop", ["tokens"], ["classes"])
 def test_nothing_left_in(loop):
     arrays = problem(np.float32)
-    value, grads = jax.value_and_grad(
-        lambda a: jaxce.linear_cross_entropy(**a, labels=jnp.full(N, -100), strategy=loop, chunk_size=5)
-    )(arrays)
+
+    @jax.jit
+    @jax.value_and_grad
+    def gradients(arrays, labels):
+        return jaxce.linear_cross_entropy(**arrays, labels=labels, strategy=loop, chunk_size=5)
+
+    value, grads = gradients(arrays, jnp.full(N, -100))
     assert value == 0
     assert not any(g.any() for g in jax.tree.leaves(grads))
     empty = {**arrays, "hidden": jnp.zeros((0, D))}
-    value, grads = jax.value_and_grad(
-        lambda a: jaxce.linear_cross_entropy(**a, labels=jnp.zeros(0, int), strategy=loop)
-    )(empty)
+    value, grads = gradients(empty, jnp.zeros(0, int))
     assert value == 0
     assert not any(g.any() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
+@pytest.mark.values
+@cases("loop", ["classes"], ["tokens"])
 def test_bad_label_is_nan_in_its_own_row(loop):
     arrays = problem(np.float32)
     for bad in (-1, C):
@@ -219,7 +244,8 @@ def test_bad_label_is_nan_in_its_own_row(loop):
     assert f"got {C} with {C} classes" in error.get()
 
 
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
+@pytest.mark.values
+@cases("loop", ["classes"], ["tokens"])
 def test_stats(loop):
     arrays = problem(np.float32)
     options = OPTIONS["all"] | {"return_stats": True}
@@ -229,11 +255,12 @@ def test_stats(loop):
     assert got.predicted.tolist() == want.predicted.tolist()
     for name in ("nll", "log_z", "entropy", "weight_sum"):
         assert_close(getattr(got, name), getattr(want, name), 1e-5)
-    grads = jax.grad(lambda a: jaxce.linear_cross_entropy(**a, labels=LABELS, **options)[1].nll.sum())(arrays)
+    grads = jax.jit(jax.grad(lambda a: jaxce.linear_cross_entropy(**a, labels=LABELS, **options)[1].nll.sum()))(arrays)
     assert not any(g.any() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
+@pytest.mark.values
+@cases("loop", ["tokens"], ["classes"])
 def test_stats_of_probabilities_have_no_weights(loop):
     arrays, labels = problem(np.float32), distributions((N, C))
     options = {"weight": positive((C,), 5), "label_smoothing": 0.1, "return_stats": True}
@@ -245,8 +272,12 @@ def test_stats_of_probabilities_have_no_weights(loop):
 # Precision
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
+@pytest.mark.values
+@cases(
+    ("loop", "dtype"),
+    [("tokens", jnp.bfloat16)],
+    product(("tokens", "classes"), (jnp.bfloat16, jnp.float16)),
+)
 def test_error_in_16_bits_is_no_larger_than_dense(loop, dtype):
     """Against the dense loss with float32 logits from the same 16-bit inputs; many chunks must not add to the error."""
     n, d, c = 512, 16, 96
@@ -256,9 +287,9 @@ def test_error_in_16_bits_is_no_larger_than_dense(loop, dtype):
     def truth(h, w):
         return jaxce.reference.cross_entropy(h @ w, labels)
 
-    want, want_grads = jax.value_and_grad(truth, (0, 1))(*(a.astype(jnp.float32) for a in (hidden, kernel)))
-    got, grads = jax.value_and_grad(
-        lambda h, w: jaxce.linear_cross_entropy(h, w, labels, strategy=loop, chunk_size=2), (0, 1)
+    want, want_grads = jax.jit(jax.value_and_grad(truth, (0, 1)))(*(a.astype(jnp.float32) for a in (hidden, kernel)))
+    got, grads = jax.jit(
+        jax.value_and_grad(lambda h, w: jaxce.linear_cross_entropy(h, w, labels, strategy=loop, chunk_size=2), (0, 1))
     )(hidden, kernel)
     assert got.dtype == jnp.float32
     assert_close(got, want, 1e-5)
@@ -269,17 +300,20 @@ def test_error_in_16_bits_is_no_larger_than_dense(loop, dtype):
         assert error < 1.5 * eps
 
 
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
+@pytest.mark.values
+@cases("loop", ["tokens"], ["classes"])
 def test_a_mean_over_many_tokens_stays_in_the_range_of_float16(loop):
     """Probabilities over the number of tokens are below float16's smallest number; their sum over tokens isn't."""
     n, d, c = 8192, 4, 2048
     hidden, kernel = jnp.ones((n, d), jnp.float16), normal((d, c), 1).astype(jnp.float16) / 16
-    gradient = jax.grad(lambda w: jaxce.linear_cross_entropy(hidden, w, jnp.zeros(n, int), strategy=loop))(kernel)
+    labels = jnp.zeros(n, int)
+    gradient = jax.jit(jax.grad(lambda w: jaxce.linear_cross_entropy(hidden, w, labels, strategy=loop)))(kernel)
     logits = hidden[0].astype(jnp.float32) @ kernel.astype(jnp.float32)
     exact = jnp.broadcast_to(jax.nn.softmax(logits).at[0].add(-1), (d, c))
     assert_close(gradient.astype(jnp.float32)[:, 1:], exact[:, 1:], 2e-3)
 
 
+@pytest.mark.values
 def test_mixed_dtypes():
     arrays = problem(np.float32)
     mixed = {**arrays, "hidden": arrays["hidden"].astype(jnp.bfloat16)}
@@ -316,30 +350,36 @@ def shapes(n, d, c, dtype=jnp.float32):
     return [jax.ShapeDtypeStruct(s, t) for s, t in (((n, d), dtype), ((d, c), dtype), ((n,), jnp.int32))]
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 5.0}])
-@pytest.mark.parametrize("derivative", [lambda f: f, lambda f: jax.grad(f, (0, 1))], ids=["loss", "gradient"])
-@pytest.mark.parametrize("loop", LOOPS)
-def test_no_array_of_tokens_by_classes(loop, derivative, options):
+@cases(
+    ("loop", "derivative", "all_options"),
+    [("tokens", True, False), ("classes", True, True), ("auto", False, True)],
+    product(LOOPS, (False, True), (False, True)),
+)
+def test_no_array_of_tokens_by_classes(loop, derivative, all_options):
     n, d, c = 4096, 8, 2048
-    jaxpr = jax.make_jaxpr(derivative(loss_of(loop, 64, **options)))(*shapes(n, d, c))
+    options = {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 5.0} if all_options else {}
+    loss = loss_of(loop, 64, **options)
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)) if derivative else loss)(*shapes(n, d, c))
     assert largest_array(jaxpr.jaxpr) < n * c / 16
 
 
 @pytest.mark.loop("a CPU")
-@pytest.mark.parametrize(
+@cases(
     ("loop", "wrt", "n", "matmuls"),
     [
-        ("tokens", None, 256, 1),
         ("classes", None, 256, 1),
         ("tokens", (0, 1), 256, 3),
         ("auto", (0,), 256, 2),
+        # The kernel's gradient has room for the logits of 256 tokens.
+        ("auto", (0, 1), 256, 3),
+        ("auto", (0, 1), 512, 3.5),
+    ],
+    [
+        ("tokens", None, 256, 1),
         ("auto", (1,), 256, 2),
         ("tokens", (0,), 256, 2),
         ("tokens", (1,), 256, 2),
-        # The kernel's gradient has room for the logits of 256 tokens.
         ("auto", (0, 1), 128, 3),
-        ("auto", (0, 1), 256, 3),
-        ("auto", (0, 1), 512, 3.5),
     ],
 )
 def test_matmuls(loop, wrt, n, matmuls):
@@ -351,9 +391,11 @@ def test_matmuls(loop, wrt, n, matmuls):
     assert matmuls <= flops < matmuls + 0.2
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("loop", LOOPS)
+@cases(
+    ("loop", "reduction", "dtype"),
+    [("tokens", "none", jnp.bfloat16), ("classes", "mean", jnp.float16), ("auto", "mean", jnp.bfloat16)],
+    product(LOOPS, ["mean", "none"], [jnp.bfloat16, jnp.float16]),
+)
 def test_matmuls_take_16_bits_and_sum_in_32(loop, reduction, dtype):
     loss = loss_of(loop, 8, reduction=reduction, precision="highest")
     gradient = jax.grad(lambda *a: loss(*a).sum(), (0, 1))
@@ -376,20 +418,20 @@ def test_classes_makes_the_logits_again_in_the_backward_pass():
 
 
 @pytest.mark.loop("a CPU")
-@pytest.mark.parametrize("loop", ["classes", "auto"])
+@cases("loop", ["auto"], ["classes"])
 def test_temporary_memory(loop):
     n, d, c = 2048, 256, 32_000
 
     def temp(loss):
-        return jax.jit(jax.grad(loss, (0, 1))).lower(*shapes(n, d, c)).compile().memory_analysis().temp_size_in_bytes
+        lowered = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes(n, d, c))
+        return for_figures(lowered).memory_analysis().temp_size_in_bytes
 
     # A slab's logits and their gradient are a twenty-fifth of what dense stores. The rest is the library's that
     # multiplies, another one on another CPU: 4% to 7% in all were seen.
     assert temp(loss_of(loop)) <= 0.15 * temp(dense)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("probabilities", [False, True])
+@cases(("probabilities", "transposed"), [(True, True)], product((False, True), repeat=2))
 def test_logits_are_kept_in_no_memory_of_their_own(probabilities, transposed):
     n, d, c = 512, 256, 16_384
     hidden, kernel, labels = shapes(n, d, c)
@@ -400,8 +442,8 @@ def test_logits_are_kept_in_no_memory_of_their_own(probabilities, transposed):
 
     def temp(loop):
         loss = loss_of(loop, 1024, transpose_kernel=transposed)
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2) if probabilities else (0, 1))).lower(hidden, kernel, labels)
-        return compiled.compile().memory_analysis().temp_size_in_bytes
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2) if probabilities else (0, 1))).lower(hidden, kernel, labels)
+        return for_figures(lowered).memory_analysis().temp_size_in_bytes
 
     # The logits that are kept are as many as the kernel has entries; where they lie costs XLA a slab's more at most.
     assert temp("auto") <= temp("classes") + 0.1 * 4 * d * c
@@ -409,53 +451,61 @@ def test_logits_are_kept_in_no_memory_of_their_own(probabilities, transposed):
 
 def test_frozen_kernel_has_no_array_of_its_size():
     n, d, c = 256, 512, 4096
-    gradient = jax.jit(jax.grad(loss_of("auto", 32), 0)).lower(*shapes(n, d, c)).compile()
+    gradient = for_figures(jax.jit(jax.grad(loss_of("auto", 32), 0)).lower(*shapes(n, d, c)))
     assert gradient.memory_analysis().temp_size_in_bytes < d * c * 4
 
 
 # Transformations
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.values
+@cases("loop", ["classes"], ["tokens", "auto"])
 def test_second_derivatives(loop, x64):
     arrays = problem()
     direction = jax.tree.map(lambda a: normal(a.shape, 9, np.float64), arrays)
 
-    def product(loss):
-        return jax.jvp(jax.grad(lambda a: loss(**a, labels=LABELS)), (arrays,), (direction,))[1]
+    def derivatives(loss):
+        """A Hessian-vector product, and the Hessian of three tokens."""
 
-    assert_trees_close(
-        product(lambda **a: jaxce.linear_cross_entropy(**a, strategy=loop, chunk_size=5)), product(dense), 1e-10
-    )
-    hidden = arrays["hidden"][:3]
-    hessian = jax.hessian(lambda h: jaxce.linear_cross_entropy(h, arrays["kernel"], LABELS[:3], strategy=loop))(hidden)
-    assert_close(hessian, jax.hessian(lambda h: dense(h, arrays["kernel"], LABELS[:3]))(hidden), 1e-10)
+        @jax.jit
+        def both(arrays, direction):
+            gradient = jax.grad(lambda a: loss(**a, labels=LABELS))
+            of_three = jax.hessian(lambda h: loss(h, arrays["kernel"], LABELS[:3]))
+            return jax.jvp(gradient, (arrays,), (direction,))[1], of_three(arrays["hidden"][:3])
+
+        return both(arrays, direction)
+
+    ours = partial(jaxce.linear_cross_entropy, strategy=loop, chunk_size=5)
+    assert_trees_close(derivatives(ours), derivatives(dense), 1e-10)
 
 
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
+@pytest.mark.values
+@cases("loop", ["tokens"], ["classes"])
 def test_vmap_over_a_stacked_model(loop):
     stacked = jax.tree.map(lambda a: jnp.stack([a, -a, a / 2]), problem(np.float32))
 
+    @jax.jit
     def grads(a):
         return jax.value_and_grad(
             lambda a: jaxce.linear_cross_entropy(**a, labels=LABELS, strategy=loop, chunk_size=5)
         )(a)
 
     want = [grads(jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(3)]
-    assert_trees_close(jax.vmap(grads)(stacked), jax.tree.map(lambda *a: jnp.stack(a), *want), 1e-5)
+    assert_trees_close(jax.jit(jax.vmap(grads))(stacked), jax.tree.map(lambda *a: jnp.stack(a), *want), 1e-5)
 
 
-@pytest.mark.parametrize("loop", ["tokens", "auto"])
+@pytest.mark.values
+@cases("loop", ["auto"], ["tokens"])
 def test_checkpoint_scan_and_export(loop):
     arrays = problem(np.float32)
-    want = jax.grad(lambda a: dense(**a, labels=LABELS))(arrays)
+    want = jax.jit(jax.grad(lambda a: dense(**a, labels=LABELS)))(arrays)
 
     def loss(a):
         return jaxce.linear_cross_entropy(**a, labels=LABELS, strategy=loop, chunk_size=5)
 
-    assert_trees_close(jax.grad(jax.checkpoint(loss))(arrays), want, 1e-5)
+    assert_trees_close(jax.jit(jax.grad(jax.checkpoint(loss)))(arrays), want, 1e-5)
     scanned = jax.grad(lambda a: jax.lax.scan(lambda total, _: (total + loss(a), None), 0.0, None, 2)[0] / 2)
-    assert_trees_close(scanned(arrays), want, 1e-5)
+    assert_trees_close(jax.jit(scanned)(arrays), want, 1e-5)
     exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cpu", "cuda", "rocm", "tpu"])(arrays)
     assert_trees_close(jax.export.deserialize(exported.serialize()).call(arrays), want, 1e-5)
 
@@ -534,18 +584,23 @@ def test_messages(error, arguments, message, wrap, disabled):
 # PyTorch
 
 
-@pytest.mark.parametrize(
-    ("chunked", "options"),
+@cases(
+    ("loop", "chunked", "options"),
     # PyTorch's chunked loss has no smoothing: it falls back to the dense one.
     [
-        (False, {"label_smoothing": 0.1}),
-        (False, {"weight": True}),
-        (True, {}),
-        (True, {"weight": True, "reduction": "sum"}),
+        ("tokens", False, {"label_smoothing": 0.1}),
+        ("classes", False, {"weight": True}),
+        ("tokens", True, {}),
+        ("classes", True, {"weight": True, "reduction": "sum"}),
+    ],
+    [
+        ("classes", False, {"label_smoothing": 0.1}),
+        ("tokens", False, {"weight": True}),
+        ("classes", True, {}),
+        ("tokens", True, {"weight": True, "reduction": "sum"}),
     ],
 )
-@pytest.mark.parametrize("loop", ["tokens", "classes"])
-def test_parity_with_torch(loop, options, chunked, x64):
+def test_parity_with_torch(loop, chunked, options, x64):
     torch = pytest.importorskip("torch", reason="parity with PyTorch is skipped: torch is not installed")
     arrays, weight = problem(), positive((C,), 5, np.float64)
     ours, theirs = dict(options), dict(options)
@@ -563,8 +618,10 @@ def test_parity_with_torch(loop, options, chunked, x64):
         **theirs,
     )
     want.backward()
-    got, grads = jax.value_and_grad(
-        lambda a: jaxce.linear_cross_entropy(**a, labels=LABELS, strategy=loop, chunk_size=7, **ours)
+    got, grads = jax.jit(
+        jax.value_and_grad(
+            lambda a: jaxce.linear_cross_entropy(**a, labels=LABELS, strategy=loop, chunk_size=7, **ours)
+        )
     )(arrays)
     assert_close(got, want.detach().numpy(), 1e-11)
     for name, tensor in (("hidden", h), ("kernel", w), ("bias", b)):

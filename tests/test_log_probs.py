@@ -2,22 +2,21 @@
 
 import re
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_trees_close, indices, normal, positive
+from helpers import assert_close, assert_trees_close, cases, for_figures, indices, normal, positive
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxce
 from jaxce import InShardMap, OnMesh, _platform
 
-STRATEGIES = pytest.mark.parametrize("strategy", ["tokens", "classes"])
+pytestmark = pytest.mark.values
 BATCH, FEATURES, CLASSES = (4, 3), 5, 24
-# LLVM's optimizations change no value, and take most of the time.
-quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def textbook(logits, labels, *, temperature=1.0, logit_softcap=None, live=True):
@@ -56,7 +55,6 @@ OPTIONS = {
     "temperatures": lambda: {"temperature": positive(BATCH, 3, np.float64)},
     "all": every_option,
 }
-every_set = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
 
 def with_gradients(function, floats, labels, **statics):
@@ -67,21 +65,27 @@ def with_gradients(function, floats, labels, **statics):
         weights = [normal(number.shape, 7 + k, number.dtype) for k, number in enumerate(numbers)]
         return sum((w * number).sum() for w, number in zip(weights, numbers, strict=True)), numbers
 
-    (_, numbers), gradients = jax.value_and_grad(weighted, has_aux=True)(floats)
+    (_, numbers), gradients = jax.jit(jax.value_and_grad(weighted, has_aux=True))(floats)
     return numbers, gradients
 
 
-@every_set
-@STRATEGIES
-def test_projection(x64, options, strategy):
+@cases(
+    ("name", "strategy"),
+    [("temperature", "classes"), ("all", "tokens"), ("all", "classes")],
+    product(OPTIONS, ["tokens", "classes"]),
+)
+def test_projection(x64, name, strategy):
     hidden, kernel, labels = problem()
-    floats = {"hidden": hidden, "kernel": kernel, **options()}
+    floats = {"hidden": hidden, "kernel": kernel, **OPTIONS[name]()}
     ours = partial(with_gradients, jaxce.linear_token_log_probs, strategy=strategy, chunk_size=5)
-    assert_trees_close(quickly(ours)(floats, labels), with_gradients(dense, floats, labels), 1e-10)
+    assert_trees_close(jax.jit(ours)(floats, labels), with_gradients(dense, floats, labels), 1e-10)
 
 
-@pytest.mark.parametrize("axis", [-1, 1])
-@pytest.mark.parametrize("name", ["plain", "temperatures", "all"])
+@cases(
+    ("axis", "name"),
+    [(-1, "temperatures"), (1, "all")],
+    product((-1, 1), ("plain", "temperatures", "all")),
+)
 def test_logits(x64, axis, name):
     hidden, kernel, labels = problem()
     options = {key: value for key, value in OPTIONS[name]().items() if key != "bias"}
@@ -106,12 +110,12 @@ def test_padding_of_the_kernel_and_a_transposed_one(x64):
     assert_trees_close((got, of_floats), (want, of_cut), 1e-10)
 
 
-@STRATEGIES
+@cases("strategy", ["tokens"], ["classes"])
 def test_second_derivatives(x64, strategy):
     hidden, kernel, labels = problem()
     temperature = positive(BATCH, 3, np.float64)
 
-    def product(function):
+    def of_kernel(function):
         def weighted(kernel):
             numbers = function(hidden, kernel, labels, temperature=temperature, logit_softcap=3.0)
             return sum((normal(n.shape, 7 + k, n.dtype) * n**2).sum() for k, n in enumerate(numbers))
@@ -119,7 +123,8 @@ def test_second_derivatives(x64, strategy):
         return jax.jvp(jax.grad(weighted), (kernel,), (normal(kernel.shape, 9, np.float64),))[1]
 
     ours = partial(jaxce.linear_token_log_probs, strategy=strategy, chunk_size=5)
-    assert_close(quickly(partial(product, ours))(), product(dense), 1e-9)
+    got, want = (jax.jit(partial(of_kernel, each))() for each in (ours, dense))
+    assert_close(got, want, 1e-9)
 
 
 def test_a_batch_is_vmap_is_a_loop(x64):
@@ -141,8 +146,11 @@ def test_a_batch_is_vmap_is_a_loop(x64):
 # Of the losses too, a temperature divides the logits after the soft cap.
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("loss", ["dense", "tokens", "classes"])
+@cases(
+    ("loss", "label_smoothing"),
+    [("dense", 0.1), ("tokens", 0.1)],
+    product(("dense", "tokens", "classes"), (0.0, 0.1)),
+)
 def test_temperature_of_a_loss(loss, label_smoothing, x64):
     hidden, kernel, labels = problem()
     floats = {"hidden": hidden, "kernel": kernel, "temperature": positive(labels.shape, 3, np.float64)}
@@ -159,7 +167,7 @@ def test_temperature_of_a_loss(loss, label_smoothing, x64):
         return jaxce.linear_cross_entropy(hidden, kernel, labels, strategy=loss, chunk_size=5, **how)
 
     got, expected = (
-        quickly(jax.value_and_grad(lambda floats, each=each: each(**floats)))(floats) for each in (ours, want)
+        jax.jit(jax.value_and_grad(lambda floats, each=each: each(**floats)))(floats) for each in (ours, want)
     )
     assert_trees_close(got, expected, 1e-10)
 
@@ -171,7 +179,8 @@ def test_padding_of_logits_counts_for_nothing(function, axis, x64):
     padded = jnp.moveaxis(jnp.pad(logits, [(0, 0), (0, 2)], constant_values=jnp.nan), -1, axis)
 
     def gradient(logits, **how):
-        return jax.grad(lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(function(x, labels, **how))))(logits)
+        total = jax.grad(lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(function(x, labels, **how))))
+        return jax.jit(total)(logits)
 
     got = jnp.moveaxis(gradient(padded, axis=axis, num_classes=7), axis, -1)
     assert_close(got[:, :7], gradient(logits))
@@ -181,8 +190,7 @@ def test_padding_of_logits_counts_for_nothing(function, axis, x64):
 # On a mesh.
 
 
-@pytest.mark.parametrize("kernel_gather", ["whole", "slabs"])
-@pytest.mark.parametrize("name", ["plain", "all"])
+@cases(("kernel_gather", "name"), [("whole", "all")], product(("whole", "slabs"), ("plain", "all")))
 def test_projection_on_a_mesh(x64, kernel_gather, name):
     hidden, kernel, labels = problem()
     hidden, kernel = jnp.tile(hidden, 2)[..., :8], jnp.tile(kernel, (2, 1))[:8]
@@ -190,7 +198,7 @@ def test_projection_on_a_mesh(x64, kernel_gather, name):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     lie = OnMesh(mesh=mesh, hidden=P("data"), kernel=P("data", "model"), kernel_gather=kernel_gather)
     ours = partial(with_gradients, partial(jaxce.linear_token_log_probs, chunk_size=5, sharding=lie))
-    assert_trees_close(quickly(ours)(floats, labels), with_gradients(dense, floats, labels), 1e-10)
+    assert_trees_close(jax.jit(ours)(floats, labels), with_gradients(dense, floats, labels), 1e-10)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -202,7 +210,7 @@ def test_logits_on_a_mesh(x64, axis_type):
     with jax.set_mesh(mesh):
         placed = floats | {"logits": jax.device_put(floats["logits"], jax.NamedSharding(mesh, spec))}
         lie = OnMesh(logits=spec) if axis_type == AxisType.Auto else OnMesh()
-        got = quickly(partial(with_gradients, partial(jaxce.token_log_probs, sharding=lie)))(placed, labels)
+        got = jax.jit(partial(with_gradients, partial(jaxce.token_log_probs, sharding=lie)))(placed, labels)
     assert_trees_close(got, with_gradients(textbook, floats, labels), 1e-10)
 
 
@@ -218,7 +226,7 @@ def test_projection_inside_of_a_shard_map(x64):
     in_specs = (P("data"), P(None, "model"), P("data"), P("data"))
     ours = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=P("data"))
     floats = {"hidden": hidden, "kernel": kernel, "temperature": temperature}
-    got = quickly(partial(with_gradients, lambda labels, **floats: ours(*floats.values(), labels)))(floats, labels)
+    got = jax.jit(partial(with_gradients, lambda labels, **floats: ours(*floats.values(), labels)))(floats, labels)
     assert_trees_close(got, with_gradients(dense, floats, labels), 1e-10)
 
 
@@ -234,9 +242,11 @@ def platform(request, monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-@STRATEGIES
+@cases(
+    ("strategy", "scale", "dtype"),
+    [("tokens", 1e4, jnp.bfloat16), ("classes", 1.0, jnp.float16)],
+    product(("tokens", "classes"), (1.0, 1e4), (jnp.bfloat16, jnp.float16, jnp.float32)),
+)
 def test_no_probability_above_1_and_no_entropy_below_0(platform, strategy, scale, dtype):
     hidden = normal((64, 8), 0).astype(dtype)
     kernel = (normal((8, 40), 1) * scale).astype(dtype)
@@ -287,7 +297,7 @@ def test_left_out_is_0_and_out_of_range_is_nan():
         assert (number[0, 0], number[1, 2]) == (0, 0)
     assert jnp.isnan(stats.log_prob).sum() == 1
     assert jnp.isnan(stats.log_prob[2, 1])
-    of_hidden, of_temperature = jax.grad(lambda *a: numbers(*a).entropy.sum(), (0, 1))(hidden, temperature)
+    of_hidden, of_temperature = jax.jit(jax.grad(lambda *a: numbers(*a).entropy.sum(), (0, 1)))(hidden, temperature)
     assert not of_hidden[0, 0].any()
     assert of_temperature[0, 0] == 0
     assert jnp.isfinite(of_hidden).all()
@@ -350,7 +360,7 @@ def test_who_does_not_read_a_number_does_not_pay_for_it():
     assert entropy_alone[1] < with_entropy[1]
 
 
-@STRATEGIES
+@cases("strategy", ["classes"], ["tokens"])
 def test_no_logits_are_stored(strategy):
     n, d, c = 512, 64, 16_384
     hidden, kernel, labels = normal((n, d), 0), normal((d, c), 1) / 8, indices(n, c)
@@ -362,7 +372,7 @@ def test_no_logits_are_stored(strategy):
         return sum((number * positive(number.shape)).sum() for number in stats)
 
     step = jax.jit(jax.value_and_grad(weighted, (0, 1, 2)))
-    memory = step.lower(hidden, kernel, positive((n,))).compile().memory_analysis().temp_size_in_bytes
+    memory = for_figures(step.lower(hidden, kernel, positive((n,)))).memory_analysis().temp_size_in_bytes
     # A chunk of logits a few times, and what the gradients are summed in.
     assert memory <= 4 * (5 * 64 * max(c if strategy == "tokens" else n, 1) + 2 * n * d + 2 * d * c)
     assert memory <= 0.8 * 4 * n * c

@@ -1,12 +1,16 @@
 """Rounding errors against float64, and logits of every kind of extremity."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FLOAT_DTYPES, HALF_DTYPES, assert_close, distributions, indices, normal, positive
+from helpers import FLOAT_DTYPES, assert_close, cases, distributions, indices, normal, positive
 
 import jaxce
+
+pytestmark = [pytest.mark.values, pytest.mark.any_jax]
 
 CPU_SLABS, PRIME = 65_536, 32_771  # longer than what a CPU adds up in one go; the second can't be cut into slabs
 
@@ -19,19 +23,23 @@ def plain(logits, labels):
 
 def truth(function, logits, *rest):
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, function(jnp.asarray(np.asarray(logits).astype(np.float64)), *rest))
+        exact = jnp.asarray(np.asarray(logits).astype(np.float64))
+        return jax.tree.map(np.asarray, jax.jit(function)(exact, *rest))
 
 
-@pytest.mark.parametrize(
-    ("shape", "scale"),
-    [((16, 10), 1.0), ((8, 1000), 10.0), ((4, CPU_SLABS), 10.0), ((4, PRIME), 1.0)],
+SHAPES = [((16, 10), 1.0), ((8, 1000), 10.0), ((4, CPU_SLABS), 10.0), ((4, PRIME), 1.0)]
+
+
+@cases(
+    ("dtype", "shape", "scale"),
+    [(jnp.float32, *SHAPES[0]), (jnp.float16, *SHAPES[1]), (jnp.float32, *SHAPES[2])],
+    [(dtype, *shape) for dtype in (jnp.float16, jnp.float32) for shape in SHAPES],
 )
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
 def test_the_error_is_no_larger_than_the_plain_computations(dtype, shape, scale):
     logits, labels = scale * normal(shape), indices(shape[0], shape[1])
     logits = logits.astype(dtype)
     want, want_gradient = truth(jax.value_and_grad(jaxce.reference.cross_entropy), logits, labels)
-    ours, theirs = (jax.value_and_grad(f)(logits, labels) for f in (jaxce.cross_entropy, plain))
+    ours, theirs = (jax.jit(jax.value_and_grad(f))(logits, labels) for f in (jaxce.cross_entropy, plain))
     errors = [abs(np.float64(value) - want) for value, _ in (ours, theirs)]
     assert errors[0] <= 2 * errors[1] + 4 * np.finfo(np.float32).eps * abs(want)
     assert np.linalg.norm(want_gradient) > 0
@@ -39,13 +47,15 @@ def test_the_error_is_no_larger_than_the_plain_computations(dtype, shape, scale)
     assert errors[0] <= 1.5 * errors[1] + 4 * np.finfo(np.float32).eps * np.linalg.norm(want_gradient)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("num_classes", "probabilities", "options"),
     [
         (CPU_SLABS, False, {"label_smoothing": 0.2}),
+        (CPU_SLABS, True, {"label_smoothing": 0.2, "logit_softcap": 3.0}),
+    ],
+    [
         (CPU_SLABS, False, {"logit_softcap": 3.0}),
         (CPU_SLABS, True, {}),
-        (CPU_SLABS, True, {"label_smoothing": 0.2, "logit_softcap": 3.0}),
         (PRIME, False, {"z_loss": 0.1}),
     ],
 )
@@ -56,16 +66,12 @@ def test_long_rows(num_classes, probabilities, options):
     if probabilities:
         labels = jax.nn.softmax(logits + normal(logits.shape, 1))
 
-    def run(loss, x):
-        def gradient(x):
-            return jax.grad(lambda x: loss(x, labels.astype(x.dtype) if probabilities else labels, **options))(x)
+    @jax.jit
+    def run(x, labels, tangent):
+        gradient = jax.grad(lambda x: jaxce.cross_entropy(x, labels, **options))
+        return jaxce.cross_entropy(x, labels, **options), *jax.jvp(gradient, (x,), (tangent,))
 
-        tangent = jnp.asarray(normal(x.shape, 2), x.dtype)
-        return loss(x, labels.astype(x.dtype) if probabilities else labels, **options), *jax.jvp(
-            gradient, (x,), (tangent,)
-        )
-
-    value, gradient, product = run(jaxce.cross_entropy, logits)
+    value, gradient, product = run(logits, labels, normal(logits.shape, 2))
     assert (gradient[0, : num_classes // 2] == 0).all()
     # The textbook form has no derivative at -inf: the impossible classes of row 0 are left out of it instead.
     with jax.enable_x64(True):
@@ -90,13 +96,14 @@ def run_row(logits, labels, row, num_classes, probabilities, options):
         target = y if probabilities else jax.nn.one_hot(y, x.shape[0], dtype=x.dtype)
         return jaxce.reference.cross_entropy(x, (1 - epsilon) * target + epsilon / num_classes, **options)
 
-    return jax.tree.map(np.asarray, (loss(x), *jax.jvp(jax.grad(loss), (x,), (tangent,))))
+    run = jax.jit(lambda x, tangent: (loss(x), *jax.jvp(jax.grad(loss), (x,), (tangent,))))
+    return jax.tree.map(np.asarray, run(x, tangent))
 
 
-@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@cases("dtype", [jnp.bfloat16], [jnp.float16])
 def test_long_rows_of_half_precision(dtype):
     logits = normal((2, CPU_SLABS), dtype=dtype)
-    got = jax.value_and_grad(jaxce.cross_entropy)(logits, jnp.array([0, 9]))
+    got = jax.jit(jax.value_and_grad(jaxce.cross_entropy))(logits, jnp.array([0, 9]))
     want = truth(jax.value_and_grad(jaxce.reference.cross_entropy), logits, jnp.array([0, 9]))
     assert_close(got[0], want[0], 1e-5)
     assert_close(got[1], want[1], float(jnp.finfo(dtype).eps))
@@ -110,9 +117,11 @@ def test_logits_of_a_billion(to_labels):
     np.testing.assert_allclose(pull(jnp.ones(2))[0], [[1, -1, 0], [-0.5, 0.5, 0]], atol=1e-6)
 
 
-@pytest.mark.parametrize("offset", [1e5, -1e5])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
-@pytest.mark.parametrize("probabilities", [False, True])
+@cases(
+    ("offset", "options", "probabilities"),
+    [(1e5, {}, False), (-1e5, {"label_smoothing": 0.1}, True)],
+    product((1e5, -1e5), ({}, {"label_smoothing": 0.1}), (False, True)),
+)
 def test_an_offset_changes_nothing(offset, options, probabilities):
     # Multiples of 1/8, which float32 holds exactly at 1e5.
     logits = jnp.round(normal((3, 5)) * 8) / 8
@@ -125,8 +134,11 @@ def test_an_offset_changes_nothing(offset, options, probabilities):
         assert_close(got, want, 1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"z_loss": 0.1}, {"logit_softcap": 3.0}])
-@pytest.mark.parametrize("probabilities", [False, True])
+@cases(
+    ("probabilities", "options"),
+    [(False, {"label_smoothing": 0.2}), (True, {"logit_softcap": 3.0})],
+    product((False, True), ({}, {"label_smoothing": 0.2}, {"z_loss": 0.1}, {"logit_softcap": 3.0})),
+)
 def test_impossible_classes(probabilities, options):
     logits = normal((2, 5)).at[:, 1].set(-jnp.inf)
     labels = jnp.array([0, 3])
@@ -187,7 +199,7 @@ def test_what_is_left_out_behind_the_class_axis_reaches_no_gradient():
             options = {"weight": weight, "logit_softcap": cap, "label_smoothing": 0.1}
             return jaxce.cross_entropy(x, labels, axis=axis, where=live, **options)
 
-        return jax.grad(loss, (0, 1, 2))(logits, jnp.array(2.0), weight)
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(logits, jnp.array(2.0), weight)
 
     dirty = gradients(jnp.where(live[:, None], logits, jnp.nan), 1)
     clean = gradients(jnp.moveaxis(logits, 1, -1), -1)

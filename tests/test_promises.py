@@ -6,13 +6,14 @@ import subprocess
 import sys
 import typing
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import planted_bugs
 import pytest
-from helpers import indices, normal
+from helpers import cases, for_figures, indices, normal
 
 import jaxce
 from jaxce._api.projections import ProjectionKeywords
@@ -111,23 +112,39 @@ SHORT = [(4096, 1000), (256, 32_000)]
 LONG = [(512, 128_256), (128, 50_257)]
 
 
+IMAGES = (4, 150, 64, 64)
+SMOOTHED, OF_PROBABILITIES = {"label_smoothing": 0.1, "weight": True}, {"probabilities": True, "weight": True}
+CAPPED, WITH_STATS = {"logit_softcap": 5.0, "z_loss": 0.1}, {"return_stats": True}
+
+
 @pytest.mark.form("cpu_one_pass, cpu_long_rows and cpu_recomputed")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("derivative", [False, True], ids=["loss", "gradient"])
-@pytest.mark.parametrize(
-    ("shape", "options"),
-    [(shape, {}) for shape in SHORT + LONG]
-    + [
-        (shape, options)
-        for shape in (SHORT[0], LONG[0])
-        for options in (
-            {"label_smoothing": 0.1, "weight": True},
-            {"probabilities": True, "weight": True},
-            {"logit_softcap": 5.0, "z_loss": 0.1},
-            {"return_stats": True},
+@cases(
+    ("shape", "options", "derivative", "dtype"),
+    [
+        (SHORT[0], {}, True, jnp.float32),
+        (SHORT[0], OF_PROBABILITIES, True, jnp.bfloat16),
+        (SHORT[0], CAPPED, False, jnp.bfloat16),
+        (SHORT[1], {}, True, jnp.bfloat16),
+        (LONG[0], SMOOTHED, True, jnp.bfloat16),
+        (LONG[0], WITH_STATS, False, jnp.float32),
+        (LONG[0], CAPPED, True, jnp.float32),
+        (LONG[1], {}, True, jnp.float32),
+        (IMAGES, {"axis": 1}, True, jnp.bfloat16),
+        (IMAGES, {"axis": 1, "label_smoothing": 0.1}, True, jnp.float32),
+    ],
+    [
+        (*case, derivative, dtype)
+        for case, derivative, dtype in product(
+            [
+                *((shape, {}) for shape in SHORT + LONG),
+                *product((SHORT[0], LONG[0]), (SMOOTHED, OF_PROBABILITIES, CAPPED, WITH_STATS)),
+                (IMAGES, {"axis": 1}),
+                (IMAGES, {"axis": 1, "label_smoothing": 0.1}),
+            ],
+            (False, True),
+            (jnp.float32, jnp.bfloat16),
         )
-    ]
-    + [((4, 150, 64, 64), {"axis": 1}), ((4, 150, 64, 64), {"axis": 1, "label_smoothing": 0.1})],
+    ],
 )
 def test_no_temporary_array_of_the_logits_size(shape, options, derivative, dtype):
     if dtype == jnp.bfloat16 and jax.__version_info__ < (0, 12):
@@ -145,7 +162,7 @@ def test_no_temporary_array_of_the_logits_size(shape, options, derivative, dtype
 
     if derivative:
         function = jax.value_and_grad(function, has_aux="return_stats" in options)
-    program = jax.jit(function).lower(logits, labels).compile()
+    program = for_figures(jax.jit(function).lower(logits, labels))
     assert "scatter" not in program.as_text()
     temporaries = program.memory_analysis().temp_size_in_bytes
     # 5% of the logits; or sixteen numbers an example, where that is more.

@@ -1,5 +1,7 @@
 """Laws that hold for all inputs."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,18 +12,32 @@ from hypothesis import strategies as st
 
 import jaxce
 
+pytestmark = [pytest.mark.values, pytest.mark.any_jax]
+
 SEEDS = st.integers(0, 2**16)
 SHAPES = st.sampled_from([(1, 2), (3, 5), (4, 7)])
-OPTIONS = st.sampled_from([{}, {"label_smoothing": 0.2, "z_loss": 0.1, "logit_softcap": 3.0}])
+EVERYTHING = {"label_smoothing": 0.2, "z_loss": 0.1, "logit_softcap": 3.0}
+OPTIONS = st.sampled_from([{}, EVERYTHING])
+
+
+@cache
+def of_one_and_of_many(options):
+    """Compiled once for all seeds."""
+    options = EVERYTHING if options else {}
+    one = jax.value_and_grad(lambda x, y: jaxce.cross_entropy(x, y, **options))
+
+    def batched(logits, labels):
+        value, pull = jax.vjp(lambda x: jaxce.cross_entropy(x, labels, reduction="none", **options), logits)
+        return value, pull(jnp.ones(logits.shape[0]))[0]
+
+    return jax.jit(one), jax.jit(jax.vmap(one)), jax.jit(batched)
 
 
 @given(SEEDS, SHAPES, OPTIONS)
 def test_batched_is_vmap_is_loop(seed, shape, options):
     logits, labels = normal(shape, seed), indices(shape[0], shape[1], seed)
-    one = jax.value_and_grad(lambda x, y: jaxce.cross_entropy(x, y, **options))
-    value, pull = jax.vjp(lambda x: jaxce.cross_entropy(x, labels, reduction="none", **options), logits)
-    batched = value, pull(jnp.ones(shape[0]))[0]
-    mapped = jax.vmap(one)(logits, labels)
+    one, mapped, batched = of_one_and_of_many(bool(options))
+    batched, mapped = batched(logits, labels), mapped(logits, labels)
     looped = [jnp.stack(part) for part in zip(*[one(x, y) for x, y in zip(logits, labels, strict=True)], strict=True)]
     for ours, theirs, loop in zip(batched, mapped, looped, strict=True):
         assert_close(ours, loop, 1e-6)

@@ -9,8 +9,6 @@ from jax.sharding import PartitionSpec as P
 import jaxce
 from jaxce import InShardMap, OnMesh
 
-pytestmark = pytest.mark.every_case
-
 HIDDEN, KERNEL, LABELS = jnp.ones((8, 16)), jnp.ones((16, 24)), jnp.zeros(8, int)
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 SPECS = {"mesh": MESH, "hidden": P("data"), "kernel": P(None, "model")}

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-pytestmark = pytest.mark.every_case
+pytestmark = pytest.mark.site
 
 DOCS = Path(__file__).parents[1] / "docs"
 NEEDED = (

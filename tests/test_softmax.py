@@ -2,12 +2,13 @@
 
 import re
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_trees_close, distributions, normal, positive
+from helpers import assert_close, assert_trees_close, cases, distributions, normal, positive
 
 import jaxce
 from jaxce import _forms
@@ -48,12 +49,14 @@ def test_numbers_and_their_gradients_are_the_formulas(target):
         t = jax.nn.one_hot(target, CLASSES) if is_index(target) else target * weight
         return formulas(logits[POSSIBLE], t[POSSIBLE], weight[POSSIBLE], softcap)
 
-    arrays = (logits, target, weight, softcap)
-    stats, normalizer = read_stats(partial_sums(*arrays, smooth=True), target)
-    want, pull = jax.vjp(of_possible, *arrays)
+    @jax.jit
+    def both(*arrays):
+        want, pull = jax.vjp(of_possible, *arrays)
+        got = numbers_and_gradients(partial_sums(*arrays, smooth=True), *arrays)
+        return got, (want, pull(Stats(*cotangents())))
+
+    (stats, got), (want, expected) = both(logits, target, weight, softcap)
     assert_trees_close(stats, want)
-    got = TEXTBOOK.gradients(*arrays, None, normalizer, cotangents())
-    expected = pull(Stats(*cotangents()))
     for gradient, exact in zip(got[: len(expected)], expected, strict=True):
         if gradient is not None:
             assert_close(gradient, exact)
@@ -79,17 +82,21 @@ def test_numbers_and_gradients_are_the_same_relative_to_any_reference(reference,
 @TARGETS
 @pytest.mark.parametrize("cuts", [(5,), (2, 3, 7)], ids=["two parts", "a part of an impossible class alone"])
 def test_merged_parts_are_the_whole(target, cuts):
-    logits, target, weight, softcap = example(target)
-    parts = []
-    for start, end in zip((0, *cuts), (*cuts, CLASSES), strict=True):
-        of_part = target if is_index(target) else target[start:end]
-        part = (logits[start:end], of_part, weight[start:end], softcap)
-        # Some of the parts relative to another number than their largest logit.
-        reference = jnp.asarray(-1.0, F64) if start % 2 else None
-        parts.append(partial_sums(*part, reference, smooth=True, first_class=start))
-    merged = merge(jax.tree.map(lambda *numbers: jnp.stack(numbers), *parts))
-    whole = partial_sums(logits, target, weight, softcap, smooth=True)
-    assert_trees_close(read_stats(merged, target)[0], read_stats(whole, target)[0])
+
+    @jax.jit
+    def in_parts_and_whole(logits, target, weight, softcap):
+        parts = []
+        for start, end in zip((0, *cuts), (*cuts, CLASSES), strict=True):
+            of_part = target if is_index(target) else target[start:end]
+            part = (logits[start:end], of_part, weight[start:end], softcap)
+            # Some of the parts relative to another number than their largest logit.
+            reference = jnp.asarray(-1.0, F64) if start % 2 else None
+            parts.append(partial_sums(*part, reference, smooth=True, first_class=start))
+        merged = merge(jax.tree.map(lambda *numbers: jnp.stack(numbers), *parts))
+        whole = partial_sums(logits, target, weight, softcap, smooth=True)
+        return tuple(read_stats(sums, target)[0] for sums in (merged, whole))
+
+    assert_trees_close(*in_parts_and_whole(*example(target)))
 
 
 def named(forms):
@@ -100,8 +107,7 @@ SUMS = [*_forms.CPU_SUMS, *_forms.GPU_SUMS]
 
 
 @TARGETS
-@pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("first_class", [0, 4])
+@cases(("first_class", "smooth"), [(4, False), (0, True)], product((0, 4), (False, True)))
 @named(SUMS)
 def test_forms_of_sums(form, first_class, smooth, target, monkeypatch):
     if hasattr(form, "LONGEST"):

@@ -1,30 +1,31 @@
 """`return_stats`: what a training loop reads beside the loss."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, distributions, indices, normal, positive
+from helpers import assert_close, cases, distributions, indices, normal, positive
 
 import jaxce
+
+pytestmark = pytest.mark.values
 
 LOGITS, LABELS = normal((4, 6)), indices(4, 6)
 LOG_P = jax.nn.log_softmax(LOGITS)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"label_smoothing": 0.1},
-        {"z_loss": 0.1},
-        {"weight": positive(6)},
-        {"sample_weight": positive(4)},
-        {"weight": positive(6), "label_smoothing": 0.1},
-    ],
+EVERY = {"label_smoothing": 0.1, "z_loss": 0.1, "weight": positive(6), "sample_weight": positive(4)}
+
+
+@cases(
+    ("names", "probabilities"),
+    [(("z_loss",), True), (("sample_weight",), False), (("weight", "label_smoothing"), False)],
+    product([(), *((name,) for name in EVERY), ("weight", "label_smoothing")], (False, True)),
 )
-@pytest.mark.parametrize("probabilities", [False, True])
-def test_the_stats_know_nothing_of_weights_and_regularization(options, probabilities):
+def test_the_stats_know_nothing_of_weights_and_regularization(names, probabilities):
+    options = {name: EVERY[name] for name in names}
     labels = distributions((4, 6)) if probabilities else LABELS
     target = labels if probabilities else jax.nn.one_hot(LABELS, 6)
     loss, stats = jaxce.cross_entropy(LOGITS, labels, return_stats=True, **options)

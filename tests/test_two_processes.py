@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from helpers import cases
 
 PROGRAM = """
 import sys
@@ -56,14 +56,14 @@ print("as on one process")
 """
 
 
-@pytest.mark.parametrize("strategy", ["tokens", "classes"])
+@cases("strategy", ["classes"], ["tokens"])
 def test_classes_and_tokens_of_two_processes(strategy):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     processes = [

@@ -7,8 +7,6 @@ import pytest
 
 import jaxce
 
-pytestmark = pytest.mark.every_case
-
 TWO_ROWS = [
     [2.0017240, -0.4806132, -0.1626286, -0.4228996, -1.3143820],
     [-0.3741181, 0.0773606, -0.7851442, -0.2291262, -1.0958053],

@@ -104,8 +104,9 @@ def _of_logits(rng: np.random.Generator) -> Iterator[Check]:
     labels = rng.integers(0, CLASSES, TOKENS)
 
     def with_options(loss: Function, logits: Array, weight: Array, sample_weight: Array, labels: Array) -> Any:
-        options = {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_softcap": 30.0, "where": labels % 5 > 0}
-        return loss(logits, labels, weight=weight, sample_weight=sample_weight, **options)
+        scalars = {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_softcap": 30.0, "temperature": 0.7}
+        of_examples = {"sample_weight": sample_weight, "where": labels % 5 > 0}
+        return loss(logits, labels, weight=weight, **scalars, **of_examples)
 
     ours, theirs = (partial(with_options, loss) for loss in (jaxce.cross_entropy, jaxce.reference.cross_entropy))
     yield Check("log_softmax", jaxce.log_softmax, jax.nn.log_softmax, (logits,))
