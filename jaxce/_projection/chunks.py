@@ -132,12 +132,14 @@ def chunk_gradients(
 
     found = jax.vmap(of_one, (token_axis(inputs), 0, 0))(example_of(inputs, logits), whole_rows, cotangents)
     heads = []
-    for place, (head, of_logits) in enumerate(zip(inputs.heads, found.logits, strict=True)):
+    for place, (head, is_wanted, of_logits) in enumerate(
+        zip(inputs.heads, wanted.flags.heads, found.logits, strict=True)
+    ):
         # In the inputs' dtype, so that the backward matmuls are too; and stored, or each of them would make it again.
         narrow = lax.optimization_barrier(of_logits.astype(head.dtype))
         gradients: Any = {
-            "hidden": head.hidden_gradient(narrow, inputs.real),
-            "kernel": head.kernel_gradient(narrow),
+            "hidden": head.hidden_gradient(narrow, inputs.real) if is_wanted.hidden else None,
+            "kernel": head.kernel_gradient(narrow) if is_wanted.kernel else None,
             "bias": of_logits,
             "softcap": found.softcap[place],
             "inverse_temperature": found.inverse_temperature[place],
