@@ -229,7 +229,7 @@ def plant(bug: Bug) -> str | None:
         path.write_text(path.read_text().replace(bug.right, bug.wrong))
         # Not by the test that compares this table with the source.
         fits = "--deselect=tests/test_promises.py::test_planted_bugs_fit_the_source"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--part=all", fits, f"tests/{bug.tests}"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--thorough", fits, f"tests/{bug.tests}"]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
         failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(test_.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
         return failed.group(1) if failed else None

@@ -242,7 +242,6 @@ WRONG_ARGUMENTS = {
 }
 
 
-@pytest.mark.every_case
 @pytest.mark.parametrize("arguments", WRONG_ARGUMENTS, ids=" ".join)
 def test_arguments_that_make_no_sense(arguments, capsys, monkeypatch):
     monkeypatch.setattr(devices, "without_a_device", lambda: None)
