@@ -90,7 +90,7 @@ def everything():
 
 @cases(
     ("temperature", "options", "chunk_size", "reverse"),
-    [(1.0, dict, 24, False), (2.5, everything, 5, False), (1.0, everything, 5, True)],
+    [(2.5, everything, 5, False), (1.0, everything, 5, True)],
     product((1.0, 2.5), (dict, everything), (5, 24), (False, True)),
 )
 def test_two_models(reverse, chunk_size, options, temperature):
@@ -140,7 +140,7 @@ def of_top(student, indices, p, *, reverse):
     return divergence(log_q, log_p) if reverse else divergence(log_p, log_q)
 
 
-@cases(("reverse", "temperature"), [(False, 2.5), (True, 1.0)], [(False, 1.0), (True, 2.5)])
+@cases(("reverse", "temperature"), [(True, 2.5)], product((False, True), (1.0, 2.5)))
 def test_likeliest_classes_of_a_teacher(reverse, temperature):
     arrays = problem()
     teacher = log_probs(arrays.pop("teacher_hidden"), arrays.pop("teacher_kernel"), None, None, temperature)

@@ -137,8 +137,8 @@ def test_transposed_kernel_and_any_batch_axes(loop, x64):
 @pytest.mark.values
 @cases(
     ("tokens", "reduction", "transposed"),
-    [(2, "mean", False), (N, "none", True)],
-    [(D, "mean", True), (N, "mean", False), (2, "none", True)],
+    [(N, "none", True)],
+    [(2, "mean", False), (D, "mean", True), (N, "mean", False), (2, "none", True)],
 )
 def test_logits_in_the_room_of_the_kernels_gradient(transposed, reduction, tokens, x64):
     """Fewer tokens than there is room for, as many, and more."""
@@ -165,7 +165,7 @@ def test_logits_in_the_room_of_the_kernels_gradient(transposed, reduction, token
 @pytest.mark.values
 @cases(
     ("loop", "options", "fill", "chunk"),
-    [("tokens", "all", np.nan, 7), ("classes", "plain", 50.0, 40)],
+    [("tokens", "all", np.nan, 7)],
     [(loop, *options) for loop, options in product(LOOPS, [("plain", 50.0, 40), ("all", np.nan, 7)])],
 )
 def test_padding_counts_for_nothing(loop, options, fill, chunk, x64):

@@ -71,7 +71,7 @@ def with_gradients(function, floats, labels, **statics):
 
 @cases(
     ("name", "strategy"),
-    [("temperature", "classes"), ("all", "tokens"), ("all", "classes")],
+    [("temperature", "classes"), ("all", "tokens")],
     product(OPTIONS, ["tokens", "classes"]),
 )
 def test_projection(x64, name, strategy):
@@ -244,7 +244,7 @@ def platform(request, monkeypatch):
 
 @cases(
     ("strategy", "scale", "dtype"),
-    [("tokens", 1e4, jnp.bfloat16), ("classes", 1.0, jnp.float16)],
+    [("classes", 1e4, jnp.bfloat16)],
     product(("tokens", "classes"), (1.0, 1e4), (jnp.bfloat16, jnp.float16, jnp.float32)),
 )
 def test_no_probability_above_1_and_no_entropy_below_0(platform, strategy, scale, dtype):

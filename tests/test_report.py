@@ -34,6 +34,7 @@ def as_json(capsys, *arguments):
     return status, json.loads(out)
 
 
+@pytest.mark.thorough
 def test_the_losses_are_right_here(capsys):
     status, found = as_json(capsys, "--dtype", "bfloat16")
     assert status == 0
@@ -112,6 +113,7 @@ def test_errors_are_in_units_in_the_last_place():
     assert found == (2.0, checks.BOUND[4])
 
 
+@pytest.mark.thorough
 def test_what_a_step_takes(capsys):
     status, found = as_json(capsys, *SIZES, "--dtype", "float32")
     assert status == 0

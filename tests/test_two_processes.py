@@ -56,7 +56,7 @@ print("as on one process")
 """
 
 
-@cases("strategy", ["classes"], ["tokens"])
+@cases("strategy", [], ["classes", "tokens"])
 def test_classes_and_tokens_of_two_processes(strategy):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
