@@ -120,6 +120,7 @@ def test_a_new_term_has_its_gradient_everywhere(name, with_a_new_term):
     assert_trees_close(got, want, 1e-11)
 
 
+@pytest.mark.thorough
 @cases("platform", ["gpu", "tpu"], ["cpu", "unknown"])
 def test_a_new_term_on_every_platform(platform, with_a_new_term, monkeypatch):
     monkeypatch.setattr(_platform, "pretended", platform)

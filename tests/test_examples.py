@@ -27,6 +27,7 @@ def run(script, tmp_path, *options):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 @pytest.mark.any_jax
 @cases("name", ["train_digits"], EXAMPLES)
 def test_smoke(name, tmp_path):

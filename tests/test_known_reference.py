@@ -163,6 +163,7 @@ def test_vmap_where_one_of_the_models_is_far(loop, x64):
     assert_trees_close(grads, want, 1e-10)
 
 
+@pytest.mark.thorough
 @cases("loop", ["classes"], ["tokens"])
 def test_second_derivatives_relative_to_a_far_reference(loop, x64):
     arrays = problem(BIASES["each slab above the one before"] / 50)

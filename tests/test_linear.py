@@ -494,6 +494,7 @@ def test_vmap_over_a_stacked_model(loop):
     assert_trees_close(jax.jit(jax.vmap(grads))(stacked), jax.tree.map(lambda *a: jnp.stack(a), *want), 1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.values
 @cases("loop", ["auto"], ["tokens"])
 def test_checkpoint_scan_and_export(loop):

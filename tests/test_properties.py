@@ -33,6 +33,7 @@ def of_one_and_of_many(options):
     return jax.jit(one), jax.jit(jax.vmap(one)), jax.jit(batched)
 
 
+@pytest.mark.thorough
 @given(SEEDS, SHAPES, OPTIONS)
 def test_batched_is_vmap_is_loop(seed, shape, options):
     logits, labels = normal(shape, seed), indices(shape[0], shape[1], seed)

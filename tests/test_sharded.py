@@ -432,6 +432,7 @@ def test_logits_inside_of_a_shard_map():
 # What XLA makes of them.
 
 
+@pytest.mark.thorough
 @cases("strategy", ["classes"], ["tokens"])
 def test_second_derivatives_and_vmap(strategy):
     hidden, kernel, labels = problem()
